@@ -1,0 +1,1 @@
+"""Layers and small networks that `compress` can prune and `mtl` can train."""
