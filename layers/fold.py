@@ -1,0 +1,204 @@
+"""Batch norms folded into the convolutions and linear layers before them."""
+
+import copy
+import inspect
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from layers.conv import ConvBNAct, has_hooks
+
+# Exact types: a subclass may do more in its forward (timm's BatchNormAct2d also activates).
+_DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Number of axes of a batch that each layer produces, and that each norm takes (None: any).
+_OUTPUT_DIMS = dict(zip(_DENSE, (2, 3, 4, 5, 3, 4, 5), strict=True))
+_NORM_DIMS = {
+    nn.BatchNorm1d: None,
+    nn.BatchNorm2d: 4,
+    nn.BatchNorm3d: 5,
+    nn.SyncBatchNorm: None,
+    FrozenBatchNorm2d: 4,
+}
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """Copy of `model` in evaluation mode with every batch norm folded that directly follows a layer.
+
+    The layer is a convolution, a transposed convolution, or a linear layer on (batch, features). With s the norm's
+    weight / sqrt(running_var + eps), the layer's weight W becomes s W, its bias b becomes s (b - running_mean) + the
+    norm's bias, and the norm becomes `nn.Identity`. The copy computes what `model` computes in evaluation mode.
+
+    A norm stays as it is where folding would change the result: the layer's output or parameters are used elsewhere,
+    the two are not called together every time, the norm has no running statistics, or one of them carries hooks or
+    parametrisations. The dataflow is that of a call with the required arguments only.
+
+    Raises ValueError when the dataflow cannot be traced, as when it depends on the values of tensors.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> fold_batch_norm(model)[1]
+    Identity()
+    """
+    if type(model) is ConvBNAct:  # as the outermost module it would be traced through, and not be seen as one call
+        return fold_batch_norm(nn.Sequential(model)).get_submodule("0")
+    folded = copy.deepcopy(model).eval()
+    modules = dict(folded.named_modules())
+    if not any(type(module) in _NORM_DIMS for module in modules.values()):
+        return folded
+    replaced: dict[nn.Module, nn.Module] = {}
+    # Tracing may leave marks on a module (attributes set in its forward), so it gets a copy of its own.
+    for layer_name, norm_name in _foldable_pairs(copy.deepcopy(folded)):
+        layer, norm = modules[layer_name], modules[norm_name]
+        _fold(layer, norm)
+        replaced[norm] = _identity(layer, norm)
+    for module in modules.values():
+        for name, child in module._modules.items():
+            if child in replaced:
+                module._modules[name] = replaced[child]
+    return folded
+
+
+class _Tracer(fx.Tracer):
+    """Follows calls down to the modules of torch.nn, and to those of ours and torchvision's that hold a batch norm."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in (ConvBNAct, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass
+class _Dataflow:
+    """Who follows each layer and who precedes each norm, call by call; None is anything else, or several."""
+
+    followers: dict[nn.Module, list[nn.Module | None]] = field(default_factory=lambda: defaultdict(list))
+    predecessors: dict[nn.Module, list[nn.Module | None]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of (layer, norm) that are only ever used together, in the order of the calls."""
+    names = {module: name for name, module in model.named_modules()}
+    graph = _trace(model)
+    dataflow = _dataflow(model, graph)
+    borrowed = _borrowed_parameters(model, graph)
+    pairs = []
+    for layer, followers in dataflow.followers.items():
+        norm = followers[0]
+        if (
+            norm is not None
+            and set(followers) == {norm}
+            and set(dataflow.predecessors[norm]) == {layer}
+            and _compatible(layer, norm)
+            and borrowed.isdisjoint(id(p) for module in (layer, norm) for p in module.parameters())
+        ):
+            pairs.append((names[layer], names[norm]))
+    return pairs
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    try:
+        return _Tracer().trace(model, concrete_args=defaults)
+    except Exception as error:  # the model's own code runs here, and may raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"cannot fold the batch norms of {type(model).__name__}: torch.fx cannot trace its dataflow ({reason}); "
+            "fold the submodules that can be traced one by one"
+        ) from error
+
+
+def _dataflow(model: nn.Module, graph: fx.Graph) -> _Dataflow:
+    modules = dict(model.named_modules())
+    called = {node: modules[str(node.target)] for node in graph.nodes if node.op == "call_module"}
+    dataflow = _Dataflow()
+    for node, module in called.items():
+        if type(module) is ConvBNAct:
+            dataflow.followers[module.conv].append(module.norm)
+            dataflow.predecessors[module.norm].append(module.conv)
+        elif type(module) in _OUTPUT_DIMS:
+            dataflow.followers[module].append(called.get(next(iter(node.users))) if len(node.users) == 1 else None)
+        elif type(module) in _NORM_DIMS:
+            dataflow.predecessors[module].append(called.get(node.all_input_nodes[0]) if node.all_input_nodes else None)
+    return dataflow
+
+
+def _borrowed_parameters(model: nn.Module, graph: fx.Graph) -> set[int]:
+    """Parameters, by id, that more than one module holds, or that are read other than by their module."""
+    holders: dict[int, int] = defaultdict(int)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders[id(parameter)] += parameter is not None
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    return {i for i, count in holders.items() if count > 1} | {id(p) for name, p in by_name.items() if name in read}
+
+
+def _compatible(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether `norm` is a fixed affine map of the channels that `layer` produces."""
+    if type(layer) not in _OUTPUT_DIMS or type(norm) not in _NORM_DIMS or norm.running_mean is None:
+        return False
+    if _NORM_DIMS[type(norm)] not in (None, _OUTPUT_DIMS[type(layer)]):
+        return False
+    return not has_hooks(layer) and not has_hooks(norm)
+
+
+# Any below: no class declares what these modules have in common, `weight` and `bias`.
+
+
+@torch.no_grad()
+def _fold(layer: Any, norm: Any) -> None:
+    """Change the parameters of `layer` to those of `norm` after `layer`."""
+    scale = (_float64(norm.running_var) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * _float64(norm.weight)
+    bias = -_float64(norm.running_mean)
+    if layer.bias is not None:
+        bias = bias + _float64(layer.bias)
+    bias = bias * scale
+    if norm.bias is not None:
+        bias = bias + _float64(norm.bias)
+    weight = _scale_outputs(layer, scale)
+    trainable = layer.weight.requires_grad
+    layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=trainable)
+    layer.weight = nn.Parameter(weight.to(layer.weight), requires_grad=trainable)
+
+
+def _scale_outputs(layer: Any, scale: Tensor) -> Tensor:
+    weight = _float64(layer.weight)
+    if type(layer) not in _TRANSPOSED:
+        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    # Transposed convolution: (in, out / groups, ...), where each group of inputs has outputs of its own.
+    grouped = weight.unflatten(0, (layer.groups, -1))
+    return (grouped * scale.reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
+
+
+def _float64(x: Tensor) -> Tensor:
+    """Exact copy of `x` to calculate with, on the CPU, since not every device has float64."""
+    return x.to("cpu", torch.float64)
+
+
+class _BatchOf(nn.Identity):
+    """Identity that only takes tensors of so many axes.
+
+    BatchNorm1d and SyncBatchNorm take several numbers of axes, and always normalise axis 1. In a batch that is the
+    axis of the layer's outputs; in (batch, length, features) from a linear layer, and without a batch, it is not.
+    """
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != self.dims:
+            raise ValueError(
+                f"a folded batch norm takes {self.dims} axes, (batch, channels, ...), and got {tuple(x.shape)}; "
+                "use the model that was not folded for this input"
+            )
+        return x
+
+
+def _identity(layer: nn.Module, norm: nn.Module) -> nn.Identity:
+    return nn.Identity() if _NORM_DIMS[type(norm)] is not None else _BatchOf(_OUTPUT_DIMS[type(layer)])
