@@ -62,8 +62,8 @@ def test_models_of_layers(name: str) -> None:
     [
         (torchvision.models.resnet18, 0),
         (torchvision.models.mobilenet_v2, 0),
-        # Norms come before convolutions here. Only the second norm of each of the 58 dense layers, and the stem's, follow
-        # a convolution that nothing else reads; 62 of 121 stay.
+        # Norms come before convolutions here. Only the second norm of each of the 58 dense layers, and the stem's,
+        # follow a convolution that nothing else reads; 62 of 121 stay.
         (torchvision.models.densenet121, 62),
     ],
 )

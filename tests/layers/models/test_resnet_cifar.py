@@ -35,5 +35,6 @@ def test_published_checkpoint_loads(checkpoints: Path, file: str, build: type) -
     state = torch.load(checkpoints / file, map_location="cpu", weights_only=True)["state_dict"]
     model = build()
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()}, strict=True)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[f"module.{name}"])
+    loaded = model.state_dict()
+    for name, value in state.items():
+        assert torch.equal(loaded[name.removeprefix("module.")], value)
