@@ -1,4 +1,4 @@
-"""Reading checkpoints that others wrote: tensors only, however they are wrapped, and nothing in the file is ever run."""
+"""Reading checkpoints that others wrote: tensors only, however wrapped, and nothing in the file is ever run."""
 
 import pickle
 import re

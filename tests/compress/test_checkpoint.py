@@ -1,4 +1,4 @@
-"""Foreign checkpoints: found wherever they are nested, refused where they could run code, loaded whole or not at all."""
+"""Foreign checkpoints: found wherever they are nested, refused where they could run code, loaded whole or not."""
 
 import argparse
 import os
