@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from layers.functional import ConvArguments, NormArguments, conv_bn_act
 
@@ -56,9 +56,11 @@ class ConvBNAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self.conv, self.norm
-        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and not has_hooks(conv) and not has_hooks(norm):
+        # The operator calls no child, so it is neither for one that was replaced (folded, factorised) nor for one whose
+        # calls somebody wants to see: a hook, or torch.fx.
+        unseen = not (has_hooks(conv) or has_hooks(norm) or isinstance(x, fx.Proxy))
+        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and unseen:
             return conv_bn_act(x, _conv_arguments(conv), _norm_arguments(norm), self.activation)
-        # A child was replaced (folded, factorised, quantised) or is watched: the operator would bypass it.
         y = norm(conv(x))
         return y if self.activation is None else self.activation(y)
 

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from layers.conv import ConvBNAct, has_hooks
+from layers.conv import has_hooks
 
 # Exact types: a subclass may do more in its forward (timm's BatchNormAct2d also activates).
 _DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -43,8 +44,6 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     >>> fold_batch_norm(model)[1]
     Identity()
     """
-    if type(model) is ConvBNAct:  # as the outermost module it would be traced through, and not be seen as one call
-        return fold_batch_norm(nn.Sequential(model)).get_submodule("0")
     folded = copy.deepcopy(model).eval()
     modules = dict(folded.named_modules())
     if not any(type(module) in _NORM_DIMS for module in modules.values()):
@@ -63,10 +62,12 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Follows calls down to the modules of torch.nn, and to those of ours and torchvision's that hold a batch norm."""
+    """Follows calls down to the modules of torch.nn and torchvision's frozen norm, and sees who reads their tensors."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in (ConvBNAct, FrozenBatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return type(m) is FrozenBatchNorm2d or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass
@@ -82,7 +83,7 @@ def _foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
     names = {module: name for name, module in model.named_modules()}
     graph = _trace(model)
     dataflow = _dataflow(model, graph)
-    borrowed = _borrowed_parameters(model, graph)
+    borrowed = _borrowed_tensors(model, graph)
     pairs = []
     for layer, followers in dataflow.followers.items():
         norm = followers[0]
@@ -91,7 +92,7 @@ def _foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
             and set(followers) == {norm}
             and set(dataflow.predecessors[norm]) == {layer}
             and _compatible(layer, norm)
-            and borrowed.isdisjoint(id(p) for module in (layer, norm) for p in module.parameters())
+            and borrowed.isdisjoint(id(tensor) for module in (layer, norm) for tensor in _tensors(module).values())
         ):
             pairs.append((names[layer], names[norm]))
     return pairs
@@ -101,7 +102,9 @@ def _trace(model: nn.Module) -> fx.Graph:
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:
-        return _Tracer().trace(model, concrete_args=defaults)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch.fx cannot check whether later calls use these defaults too
+            return _Tracer().trace(model, concrete_args=defaults)
     except Exception as error:  # the model's own code runs here, and may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -115,25 +118,28 @@ def _dataflow(model: nn.Module, graph: fx.Graph) -> _Dataflow:
     called = {node: modules[str(node.target)] for node in graph.nodes if node.op == "call_module"}
     dataflow = _Dataflow()
     for node, module in called.items():
-        if type(module) is ConvBNAct:
-            dataflow.followers[module.conv].append(module.norm)
-            dataflow.predecessors[module.norm].append(module.conv)
-        elif type(module) in _OUTPUT_DIMS:
+        if type(module) in _OUTPUT_DIMS:
             dataflow.followers[module].append(called.get(next(iter(node.users))) if len(node.users) == 1 else None)
         elif type(module) in _NORM_DIMS:
             dataflow.predecessors[module].append(called.get(node.all_input_nodes[0]) if node.all_input_nodes else None)
     return dataflow
 
 
-def _borrowed_parameters(model: nn.Module, graph: fx.Graph) -> set[int]:
-    """Parameters, by id, that more than one module holds, or that are read other than by their module."""
-    holders: dict[int, int] = defaultdict(int)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            holders[id(parameter)] += parameter is not None
+def _borrowed_tensors(model: nn.Module, graph: fx.Graph) -> set[int]:
+    """Parameters and buffers, by id, that several modules hold, or that are read other than by calling their module."""
+    holders = Counter(id(tensor) for module in model.modules() for tensor in _tensors(module, recurse=False).values())
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    by_name = dict(model.named_parameters(remove_duplicate=False))
-    return {i for i, count in holders.items() if count > 1} | {id(p) for name, p in by_name.items() if name in read}
+    return {i for i, count in holders.items() if count > 1} | {
+        id(tensor) for name, tensor in _tensors(model).items() if name in read
+    }
+
+
+def _tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers under every name that they have."""
+    return {
+        **dict(module.named_parameters(recurse=recurse, remove_duplicate=False)),
+        **dict(module.named_buffers(recurse=recurse, remove_duplicate=False)),
+    }
 
 
 def _compatible(layer: nn.Module, norm: nn.Module) -> bool:

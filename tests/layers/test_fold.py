@@ -92,7 +92,10 @@ def test_every_kind_of_layer(layer: nn.Module, norm: nn.Module, shape: tuple[int
 
 def test_conv_bn_act_alone_and_inside() -> None:
     assert check(ConvBNAct(3, 4, 3), image(2, 3, 5, 5), left=0).norm.__class__ is nn.Identity
-    check(nn.Sequential(ConvBNAct(3, 4, 3), ConvBNAct(4, 5, 1, activation=None)), image(2, 3, 5, 5), left=0)
+    model = nn.Sequential(ConvBNAct(3, 4, 3), ConvBNAct(4, 5, 1, activation=None), ConvBNAct(5, 5, 3))
+    model[1].conv = nn.Sequential(nn.Conv2d(4, 2, 1), nn.Conv2d(2, 5, 3))  # as after a factorisation
+    model[2].conv = model[0].norm = nn.Identity()
+    check(model, image(2, 3, 5, 5), left=1)
 
 
 def test_norm_without_statistics_stays() -> None:
@@ -147,6 +150,17 @@ class ReadsWeight(nn.Module):
         return self.norm(self.conv(x)) * self.conv.weight.square().sum()
 
 
+class ReadsStatistics(nn.Module):
+    """Uses the running variance of its norm beside calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) * self.norm.running_var.sum()
+
+
 class TiedWeights(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +180,7 @@ class NotNext(nn.Module):
         return self.norm(self.conv(x).relu())
 
 
-@pytest.mark.parametrize("build", [SharedNorm, OtherConsumer, ReadsWeight, TiedWeights, NotNext])
+@pytest.mark.parametrize("build", [SharedNorm, OtherConsumer, ReadsWeight, ReadsStatistics, TiedWeights, NotNext])
 def test_what_must_stay(build: Callable[[], nn.Module]) -> None:
     check(build(), image(2, 3, 7, 7), left=1)
 
@@ -194,8 +208,10 @@ class OptionalArgument(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, early: bool = False) -> Tensor:
-        self.last = x
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, early: bool = False, size: tuple[int, ...] = (5, 5)
+    ) -> Tensor:
+        self.last = x[:, :, : size[0], : size[1]]
         if mask is not None:
             x = x * mask
         y = self.norm(self.conv(x))
