@@ -9,11 +9,12 @@ BIN     := $(VENV)/bin
 PLAIN   := $(VENV)/.installed-plain
 DEV     := $(VENV)/.installed-dev
 PEERS   := $(VENV)/.installed-peers
+LOWEST  := .venv-lowest
 
 # One installation at a time, even under make -j.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-lowest lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
@@ -28,6 +29,10 @@ test: $(DEV) ## run the tests, without the slow ones
 test-slow: $(DEV) ## run the slow tests
 	@echo "==> slow tests"
 	@$(BIN)/python -m pytest -m slow
+
+test-lowest: $(LOWEST)/.installed ## run the tests with the oldest dependencies that pyproject.toml allows
+	@echo "==> tests with the lowest versions"
+	@$(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(DEV) ## check style, format and types
 	@echo "==> ruff check"
@@ -44,8 +49,8 @@ format: $(DEV) ## rewrite the files in the project's format
 bench: $(PEERS) ## run every file of benchmarks/
 	@set -e; for file in benchmarks/bench_*.py; do echo "==> $$file"; $(BIN)/python "$$file"; done
 
-clean: ## remove .venv and caches (not runs/)
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+clean: ## remove the environments and caches (not runs/)
+	@rm -rf $(VENV) $(LOWEST) .mypy_cache .pytest_cache .ruff_cache build dist
 
 # pip is what venv writes last: an environment that was interrupted half-way is made again.
 $(BIN)/pip:
@@ -70,3 +75,13 @@ $(PEERS): pyproject.toml | $(BIN)/pip
 	@echo "==> installing prunus with the peers of its benchmarks into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,peers]"
 	@touch $(PLAIN) $(DEV) $@
+
+# The core dependencies with == for >=; the tools are the newest.
+$(LOWEST)/.installed: pyproject.toml
+	@echo "==> installing the lowest versions into $(LOWEST) (this downloads a PyTorch of its own: a few minutes)"
+	@$(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -c 'import tomllib; \
+	  print(*(d.replace(">=", "==") for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]), sep="\n")' \
+	  > $(LOWEST)/lowest.txt
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(LOWEST)/lowest.txt -e ".[dev]"
+	@touch $@

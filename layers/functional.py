@@ -4,7 +4,7 @@
 >>> from layers.functional import ConvArguments, NormArguments, conv_bn_act
 >>> x = torch.tensor([[[[1.0, -3.0]]]])  # batch 1, 1 channel, 1 x 2 pixels
 >>> conv = ConvArguments(weight=torch.full((1, 1, 1, 1), 2.0))
->>> norm = NormArguments(running_mean=torch.tensor([1.0]), running_var=torch.tensor([4.0]), eps=0.0)
+>>> norm = NormArguments(running_mean=torch.tensor([1.0]), running_var=torch.tensor([3.0]), eps=1.0)
 >>> conv_bn_act(x, conv, norm, torch.relu)  # relu((2 x - 1) / 2)
 tensor([[[[0.5000, 0.0000]]]])
 """
