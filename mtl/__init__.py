@@ -1,0 +1,22 @@
+"""Multi-task training, with a single task as the simplest case: tasks, models that share, and the trainer ``fit``.
+
+>>> from torch import nn
+>>> from mtl import FitOptions, HardShared, Task, data, evaluate, fit
+>>> digits = data.digits()
+>>> model = HardShared(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()), heads={"digit": nn.Linear(32, 10)})
+>>> task = Task("digit", loss=nn.CrossEntropyLoss())
+>>> history = fit(model, task, digits.loader("train"), epochs=10, options=FitOptions(progress=False))
+>>> evaluate(model, task, digits.loader("test"))["digit"] > 0.9
+True
+"""
+
+from mtl import data
+from mtl.evaluation import evaluate
+from mtl.history import Epoch, History
+from mtl.options import FitOptions
+from mtl.sharing import HardShared
+from mtl.task import Task
+from mtl.trainer import fit
+from mtl.weighting import Weighting
+
+__all__ = ["Epoch", "FitOptions", "HardShared", "History", "Task", "Weighting", "data", "evaluate", "fit"]

@@ -1,0 +1,45 @@
+"""Curves of a run in TensorBoard."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+from mtl.history import Epoch
+
+
+class Board:
+    """Writes one point per epoch; with no folder it does nothing.
+
+    Args:
+        folder: where the events go, None for nowhere
+        first_epoch: points of a killed run at this epoch and after it are purged, so that none shows twice
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, first_epoch: int) -> None:
+        self._writer = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every fit has a folder
+
+            self._writer = SummaryWriter(os.fspath(folder), purge_step=first_epoch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, row: Epoch) -> None:
+        """``lr`` and ``loss/``, ``train/``, ``validation/``, ``weight/`` + task, at step = epoch; on disk at return."""
+        if self._writer is None:
+            return
+        self._writer.add_scalar("lr", row.lr, row.epoch)
+        groups = {"loss": row.loss, "train": row.train, "validation": row.validation, "weight": row.weights}
+        for group, values in groups.items():
+            for task, value in values.items():
+                self._writer.add_scalar(f"{group}/{task}", value, row.epoch)
+        self._writer.flush()
