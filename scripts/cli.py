@@ -1,0 +1,29 @@
+"""The console command ``prunus``: ``prunus prune --model ...``, ``prunus demo``."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "prune": "prune a model to a budget, in rounds of pruning and training",
+    "demo": "train, prune, retrain and reload a small network on the digits of scikit-learn",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the sub-command that ``argv`` names and returns its exit status; 2 for one that does not exist."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print("usage: prunus COMMAND [flags]     (prunus COMMAND --help lists the flags)\n")
+        print("\n".join(f"  {command:<8} {purpose}" for command, purpose in COMMANDS.items()))
+        return 0
+    if name not in COMMANDS:
+        print(f"prunus: there is no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    # Imported on demand: `prunus --help` should not wait for PyTorch.
+    return importlib.import_module(f"scripts.{name}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
