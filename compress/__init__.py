@@ -1,0 +1,64 @@
+"""Make trained PyTorch models smaller: find removable channels, rank them, remove them for real, retrain, repeat.
+
+>>> import torch, compress
+>>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+>>> result = compress.prune(model, torch.zeros(1, 8), budget=compress.Budget(macs=0.5))
+>>> result.model[0].out_features, result.plan.exact
+(8, True)
+
+The pipeline, one file each: trace -> (rules) -> channels -> criteria -> select -> plan -> surgery -> verify -> recover
+-> artifact; :func:`iterate` repeats it with training in between.
+"""
+
+from compress.artifact import load, save
+from compress.budget import Budget
+from compress.channels import ChannelGraph, ChannelGroup, FrozenAxis, Member, trace
+from compress.checkpoint import load_state_dict, read_state_dict
+from compress.cost import Cost, latency, measure
+from compress.criteria import CRITERIA, Criterion, Evidence
+from compress.errors import (
+    ArtifactError,
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    PruneError,
+    TraceError,
+)
+from compress.loop import StopRule, iterate
+from compress.plan import PlanGroup, PlanMember, PrunePlan
+from compress.pruning import PruneResult, prune
+from compress.surgery import apply, mask
+
+__all__ = [
+    "CRITERIA",
+    "ArtifactError",
+    "Budget",
+    "BudgetError",
+    "CalibrationError",
+    "ChannelGraph",
+    "ChannelGroup",
+    "CheckpointError",
+    "Cost",
+    "Criterion",
+    "Evidence",
+    "FrozenAxis",
+    "Member",
+    "PlanGroup",
+    "PlanMember",
+    "PruneError",
+    "PrunePlan",
+    "PruneResult",
+    "StopRule",
+    "TraceError",
+    "apply",
+    "iterate",
+    "latency",
+    "load",
+    "load_state_dict",
+    "mask",
+    "measure",
+    "prune",
+    "read_state_dict",
+    "save",
+    "trace",
+]

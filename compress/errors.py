@@ -1,0 +1,25 @@
+"""What can go wrong for a user of :mod:`compress`: every message names the thing, the reason and the remedy."""
+
+
+class PruneError(ValueError):
+    """A model, an option or an input that cannot be worked with as given."""
+
+
+class TraceError(PruneError):
+    """The model could not be run on its example inputs, or what ran cannot be analysed."""
+
+
+class BudgetError(PruneError):
+    """A budget outside its range, or below the smallest model that the options allow."""
+
+
+class CalibrationError(PruneError):
+    """Calibration data that are missing, of the wrong form, or cannot be iterated more than once."""
+
+
+class ArtifactError(PruneError):
+    """A saved artefact that cannot be read, or that belongs to another model."""
+
+
+class CheckpointError(PruneError):
+    """A checkpoint that cannot be read safely, or that does not fit the model."""

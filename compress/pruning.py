@@ -1,0 +1,248 @@
+"""Prune a model to a budget: trace, score, select, cut, verify, recover."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from compress.budget import Budget
+from compress.calibration import Calibration, check_calibration
+from compress.channels import ChannelGraph, trace
+from compress.cost import Cost, CostModel, cost_of, latencies
+from compress.criteria import Criterion, needs_activations, resolve
+from compress.errors import PruneError
+from compress.evidence import ActivationSums, Evidence, Values, collect_activations
+from compress.plan import PrunePlan, make_plan
+from compress.recover import reestimate_batch_norm
+from compress.select import Selection, SelectOptions, select
+from compress.surgery import apply
+from compress.trace import ExampleInputs, record
+from compress.verify import agrees, culprits
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model and how it came about.
+
+    ``kept`` gives (kept, total) output channels by layer, ``scores`` the scores of all units by group before pruning,
+    ``notes`` what a user should know (groups that were frozen because their removal did not verify, say).
+    """
+
+    model: nn.Module
+    plan: PrunePlan
+    before: Cost
+    after: Cost
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    scores: Mapping[str, Values] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """Before and after as a table, with what is left of each layer."""
+        from compress.table import result_table
+
+        return result_table(self)
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    budget: Budget,
+    criterion: str | Criterion = "l2",
+    scope: str = "global",
+    calibration: Calibration | None = None,
+    loss: Callable[..., Any] | None = None,
+    recover: bool = False,
+    exact_only: bool = False,
+    protect: Sequence[str] = (),
+    round_to: int = 1,
+    min_channels: int = 1,
+    seed: int = 0,
+) -> PruneResult:
+    """Remove the least important channels of ``model`` until it meets ``budget``. The model itself is not changed.
+
+    Args:
+        model: any module, in any mode.
+        example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        budget: the fraction to keep of channels, params, macs or latency; met exactly, by the last possible channel.
+        criterion: a name from :data:`compress.criteria.CRITERIA`, or a callable ``(group, evidence) -> scores``.
+        scope: "global" compares channels over the whole model, "uniform" takes the same part of every group.
+        calibration: batches for criteria that look at activations, and for ``recover``; a DataLoader will do.
+        loss: what criteria that need targets minimise; handed to the criterion in its evidence.
+        recover: re-estimate batch-norm statistics on ``calibration`` afterwards.
+        exact_only: remove only what can be removed exactly (see :attr:`PrunePlan.exact`).
+        protect: shell patterns of parameter or module names that must stay whole, such as ``"head.*"``.
+        round_to: widths become multiples of this number.
+        min_channels: no axis gets shorter than this.
+        seed: for criteria that draw random numbers.
+
+    Raises:
+        TraceError: the model does not run on its example inputs.
+        BudgetError: the budget cannot be reached; says what can.
+        CalibrationError: data are needed and missing, or do not fit.
+        PruneError: nothing can be pruned (the reasons are listed), or an option is unknown.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> result = prune(model, torch.zeros(1, 8), budget=Budget(macs=0.5))
+    >>> result.before.macs, result.after.macs, result.plan.exact
+    (192, 96, True)
+    """
+    score = resolve(criterion)
+    options = SelectOptions(scope, round_to, min_channels, exact_steps=budget.metric != "latency")
+    if recover:
+        calibration = check_calibration(calibration, "recover=True")
+    if needs_activations(score):
+        calibration = check_calibration(calibration, f"criterion {criterion!r}")
+    graph = trace(model, example_inputs).protecting(protect)
+    graph = graph.exactly() if exact_only else graph
+    activations = None
+    if needs_activations(score) and calibration is not None:
+        activations = collect_activations(model, graph, calibration)
+    notes = list(graph.trace.notes)
+    while True:
+        scores = _scores(model, graph, score, activations, loss, seed)
+        attempt = _Attempt(model, example_inputs, graph)
+        selection = select(graph, scores, attempt.cost(budget), budget.fraction, options)
+        failed = attempt.failing_lumps(selection)
+        if not failed:
+            break
+        names = sorted({graph.groups[g].name for index in failed for g in graph.lumps[index].units})
+        notes.append(f"kept whole, as removal did not verify: {', '.join(names)}")
+        graph = graph.without(_of_their_kind(graph, failed), "its removal did not verify")
+    pruned, plan = attempt.pruned(selection)
+    if recover and calibration is not None:
+        reestimate_batch_norm(pruned, calibration)
+    after = cost_of(pruned, record(pruned, example_inputs, training=False))
+    named = {f"{group.name}#{group.index}": values for group, values in zip(graph.groups, scores, strict=True)}
+    return PruneResult(pruned, plan, attempt.before, after, _kept(graph, plan), named, tuple(notes))
+
+
+class _Attempt:
+    """One channel graph being pruned: builds plans from selections, prices them, and checks them."""
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, graph: ChannelGraph) -> None:
+        if not len(graph.sizes):
+            reasons = list(dict.fromkeys(str(axis) for axis in graph.frozen))
+            raise PruneError("nothing can be pruned: " + "; ".join(reasons[:6]) + ("; ..." if len(reasons) > 6 else ""))
+        self.model, self.inputs, self.graph = model, example_inputs, graph
+        self.before = cost_of(model, graph.trace)
+        self._built: dict[tuple[tuple[int, int], ...], tuple[nn.Module, PrunePlan]] = {}
+
+    def cost(self, budget: Budget) -> Callable[[Selection], float]:
+        """The part of the dense model's cost that remains after a selection."""
+        if budget.metric == "latency":
+            return self._latency
+        if budget.metric == "channels":
+            return lambda selection: 1.0 - self._num_removed(selection) / int(self.graph.sizes.sum())
+        total = self.before.macs if budget.metric == "macs" else self.before.params
+        price = CostModel(self.graph, budget.metric, total)
+
+        def remaining(selection: Selection) -> float:
+            kept = self.graph.sizes.copy()
+            for group, units in selection.units.items():
+                kept[group] -= len(units)
+            return price(kept) / max(total, 1)
+
+        return remaining
+
+    def pruned(self, selection: Selection) -> tuple[nn.Module, PrunePlan]:
+        """The pruned copy of the model, and its plan."""
+        key = tuple(sorted(selection.lumps.items()))
+        if key not in self._built:
+            self._built.clear()  # one at a time: models are large
+            plan = self.plan(selection)
+            self._built[key] = apply(self.model, plan), plan
+        return self._built[key]
+
+    def plan(self, selection: Selection) -> PrunePlan:
+        """The plan for a selection."""
+        return make_plan(self.graph, selection.units, self.graph.stored_after(selection.lumps))
+
+    def failing_lumps(self, selection: Selection) -> list[int]:
+        """Lumps of the selection whose removal breaks the model; none if all is well."""
+        lumps = list(selection.lumps)
+        exact = [i for i in lumps if all(self.graph.groups[g].exact for g in self.graph.lumps[i].units)]
+        for parts in (lumps, exact) if len(exact) < len(lumps) else (lumps,):
+            # inexact parts can only be run; what is exact is compared by numbers as well
+            if parts and not self._holds(selection, parts):
+                return culprits(parts, lambda some: self._holds(selection, some))
+        return []
+
+    def _holds(self, selection: Selection, lumps: Sequence[int]) -> bool:
+        part = _restricted(self.graph, selection, lumps)
+        try:
+            pruned, plan = self.pruned(part)
+        except PruneError:
+            return False
+        return agrees(self.model, plan, pruned, self.inputs)
+
+    def _num_removed(self, selection: Selection) -> int:
+        return sum(len(units) for units in selection.units.values())
+
+    def _latency(self, selection: Selection) -> float:
+        pruned, _ = self.pruned(selection)
+        dense, small = latencies([self.model, pruned], self.inputs)
+        return small / dense
+
+
+def _scores(
+    model: nn.Module,
+    graph: ChannelGraph,
+    criterion: Criterion,
+    activations: ActivationSums | None,
+    loss: Callable[..., Any] | None,
+    seed: int,
+) -> list[Values]:
+    evidence = Evidence(model, graph, activations, loss, seed)
+    scores = []
+    for group in graph.groups:
+        values = np.asarray(criterion(group, evidence), dtype=np.float64)
+        if values.shape != (group.num_units,):
+            raise PruneError(
+                f"the criterion gave scores of shape {values.shape} for group {group.name!r}, which has "
+                f"{group.num_units} units: return one score a unit"
+            )
+        if not np.isfinite(values).all():
+            raise PruneError(
+                f"the criterion gave scores that are not finite for group {group.name!r}: check the weights"
+            )
+        scores.append(values)
+    return scores
+
+
+def _restricted(graph: ChannelGraph, selection: Selection, lumps: Sequence[int]) -> Selection:
+    """The part of a selection that some lumps make: of a group that several lumps share, the first units."""
+    if len(lumps) == len(selection.lumps):
+        return selection
+    counts: dict[int, int] = {}
+    for index in lumps:
+        for group, number in graph.lumps[index].units.items():
+            counts[group] = counts.get(group, 0) + number * selection.lumps[index]
+    units = {group: selection.units[group][:count] for group, count in counts.items()}
+    return Selection(units, {index: selection.lumps[index] for index in lumps})
+
+
+def _of_their_kind(graph: ChannelGraph, lumps: Sequence[int]) -> list[Any]:
+    """The groups of the failing lumps, and all groups whose layers are of the same kind: they would fail alike."""
+    kinds = {_kind(graph, g) for index in lumps for g in graph.lumps[index].units}
+    return [group for group in graph.groups if _kind(graph, group.index) in kinds]
+
+
+def _kind(graph: ChannelGraph, group: int) -> tuple[tuple[str, int, str], ...]:
+    found = graph.groups[group]
+    names = {(".".join(p for p in m.parameter.split(".") if not p.isdigit()), m.axis, m.role) for m in found.members}
+    return tuple(sorted(names))
+
+
+def _kept(graph: ChannelGraph, plan: PrunePlan) -> dict[str, tuple[int, int]]:
+    removed = plan.removed()
+    kept: dict[str, tuple[int, int]] = {}
+    for group in graph.groups:
+        for member in group.members:
+            if member.role == "producer":
+                gone = len(removed.get((member.parameter, member.axis), ()))
+                kept[member.parameter.removesuffix(".weight")] = (member.size - gone, member.size)
+    return kept

@@ -1,0 +1,129 @@
+"""What each ATen operator does to channel labels, one family of operators a file.
+
+>>> import torch, compress
+>>> from compress.rules import propagate
+>>> from compress.trace import record
+>>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+>>> labels = propagate(record(model, torch.zeros(1, 3)))
+>>> [axis.parameter for axis in labels.axes]
+['0.weight', '0.weight', '0.bias', '2.weight', '2.weight', '2.bias']
+
+An operator without a rule freezes everything that it touches: it never makes a wrong model, it only prunes less.
+"""
+
+import torch
+
+from compress.labels import Labels
+from compress.provenance import AxisSize, SizeComparison, Stored, TracedInt, leaves
+from compress.rules import (  # noqa: F401  (importing a family registers its rules)
+    convolution,
+    elementwise,
+    factories,
+    indexing,
+    matmul,
+    normalization,
+    pooling,
+    reductions,
+    shape,
+)
+from compress.rules.elementwise import pointwise
+from compress.rules.registry import RULES, NoRule, Rule, base_name, rule
+from compress.trace import Op, Trace
+
+__all__ = ["NoRule", "propagate", "rule"]
+
+
+def propagate(trace: Trace) -> Labels:
+    """Labels for every axis of every tensor of ``trace``, with all equalities, in one walk over its operators."""
+    labels = Labels(trace.parameters.items())
+    for run, in_training in ((trace.evaluation, False), (trace.training, True)):
+        labels.in_training = in_training
+        for op in run:
+            _apply(labels, op)
+    for ref in trace.outputs:
+        for axis in labels[ref]:
+            labels.freeze(axis, "output of the model")
+    _freeze_untouched(labels, trace)
+    _keep_comparisons(labels, trace)
+    _freeze_values(labels, trace)
+    return labels
+
+
+def _apply(labels: Labels, op: Op) -> None:
+    function = _find(op)
+    labels.mark_weight(op)
+    if function is None:
+        _freeze_operator(labels, op, f"operator {op} has no rule")
+        return
+    try:
+        function(labels, op)
+    except NoRule as gap:
+        _freeze_operator(labels, op, f"operator {op}: {gap}")
+        return
+    if function is not factories.factory:
+        _freeze_scalars(labels, op)
+
+
+def _find(op: Op) -> Rule | None:
+    found = RULES.get(base_name(op))
+    if found is None and torch.Tag.pointwise in op.func.tags:
+        return pointwise
+    return found
+
+
+def _freeze_operator(labels: Labels, op: Op, why: str) -> None:
+    for ref in (*op.tensors, *op.outputs):
+        for axis in labels[ref]:
+            labels.freeze(axis, why)
+
+
+def _freeze_scalars(labels: Labels, op: Op) -> None:
+    """A size that an operator takes as a number to compute with (``x / x.shape[1]``) must not change."""
+    given = [v for v in (op.call.flat if op.call else ()) if isinstance(v, TracedInt)]
+    if not given:
+        return
+    for argument in op.func._schema.arguments:
+        value = op.arguments[argument.name]
+        if str(argument.type) not in ("Tensor", "number", "Scalar", "Optional[number]", "Optional[Scalar]"):
+            continue
+        for traced in given:
+            if isinstance(value, int | float) and value == int(traced):
+                _pin(labels, traced.expression, f"a size is a value in operator {op}")
+
+
+def _freeze_untouched(labels: Labels, trace: Trace) -> None:
+    touched = {ref.id for op in trace.ops for ref in op.tensors}
+    for name, ref in trace.parameters.items():
+        if ref.id not in touched:
+            for axis in labels[ref]:
+                labels.freeze(axis, f"no operator uses {name}")
+
+
+def _keep_comparisons(labels: Labels, trace: Trace) -> None:
+    for comparison in set(trace.observations.comparisons):
+        _keep_comparison(labels, comparison)
+
+
+def _keep_comparison(labels: Labels, comparison: SizeComparison) -> None:
+    why = "two sizes are compared while the model runs"
+    for this, other in ((comparison.left, comparison.right), (comparison.right, comparison.left)):
+        if isinstance(other, AxisSize):
+            labels.equate(this, labels.of_axis(other), why)
+            return
+    for expression in (comparison.left, comparison.right):
+        if not any(isinstance(leaf, AxisSize) for leaf in leaves(expression)):
+            continue
+        _pin(labels, expression, why)
+
+
+def _freeze_values(labels: Labels, trace: Trace) -> None:
+    for use in trace.observations.value_uses:
+        _pin(labels, use.expression, f"a size is {use.how} while the model runs")
+
+
+def _pin(labels: Labels, expression: object, why: str) -> None:
+    for leaf in leaves(expression):  # type: ignore[arg-type]
+        if isinstance(leaf, AxisSize):
+            labels.freeze(labels.of_axis(leaf), why)
+        elif isinstance(leaf, Stored):
+            labels.pinned.add(leaf)

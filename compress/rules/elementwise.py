@@ -1,0 +1,61 @@
+"""Operators that work element by element: labels meet position by position, broadcast axes meet nothing."""
+
+from collections.abc import Sequence
+
+from compress.labels import Array, Labels
+from compress.rules.registry import NoRule, rule
+from compress.trace import Op, TensorRef
+
+
+@rule("where", "copy", "addcmul", "addcdiv", "masked_fill", "lerp", "threshold_backward")
+def pointwise(labels: Labels, op: Op) -> None:
+    """Also every operator that PyTorch tags as pointwise: the result at a position depends on that position alone."""
+    if not op.outputs:
+        return
+    for output in op.outputs:
+        labels.set(output, broadcast(labels, op.tensors, output.shape, str(op)))
+
+
+def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int], why: str) -> list[Array]:
+    """Labels of the result of broadcasting ``tensors`` to ``shape``; axes of full length are linked."""
+    result: list[Array | None] = [None] * len(shape)
+    for ref in tensors:
+        offset = len(shape) - len(ref.shape)
+        if offset < 0:
+            raise NoRule(f"an operand of shape {ref.shape} for a result of shape {tuple(shape)}")
+        for axis, axis_labels in enumerate(labels[ref]):
+            length = shape[offset + axis]
+            if length == 1 or len(axis_labels) != length:
+                continue
+            known = result[offset + axis]
+            if known is None:
+                result[offset + axis] = axis_labels
+            else:
+                labels.link(known, axis_labels, why)
+    return [labels.fixed(n) if found is None else found for found, n in zip(result, shape, strict=True)]
+
+
+@rule(
+    "clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "view_as_real_copy",
+    "native_dropout", "bernoulli", "uniform", "normal", "random", "exponential", "zero", "fill", "dropout",
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "_fused_dropout", "positive",
+    "cumsum", "cumprod", "flip",
+)  # fmt: skip
+def same_shape(labels: Labels, op: Op) -> None:
+    """Results of the shape of the first tensor, whose length along each axis follows it."""
+    source = op.tensors[0]
+    frozen = _ordered_axes(op, len(source.shape))
+    for axis in frozen:
+        labels.freeze(labels[source][axis], f"operator {op} depends on the order along the axis")
+    for output in op.outputs:
+        if output.shape != source.shape:
+            raise NoRule("a result of another shape")
+        labels.set(output, labels[source])
+
+
+def _ordered_axes(op: Op, ndim: int) -> list[int]:
+    if op.func._schema.name.rstrip("_") in ("aten::cumsum", "aten::cumprod"):
+        return [op.arguments["dim"] % ndim] if ndim else []
+    if op.func._schema.name == "aten::flip":
+        return [axis % ndim for axis in op.arguments["dims"]]
+    return []

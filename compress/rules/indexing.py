@@ -1,0 +1,68 @@
+"""Look-ups: embeddings, gathers and indices. The indexed axis is frozen, the others pass."""
+
+from compress.labels import Labels
+from compress.rules.registry import NoRule, rule
+from compress.trace import Op, TensorRef
+
+
+@rule("embedding")
+def embedding(labels: Labels, op: Op) -> None:
+    """weight (V, D), indices (*): the result (*, D) carries the weight's width; the vocabulary is frozen."""
+    weight, indices = op.tensors
+    vocabulary, width = labels[weight]
+    labels.freeze(vocabulary, f"operator {op} looks up rows")
+    labels.produce(width)
+    labels.set(op.outputs[0], [*labels[indices], width])
+
+
+@rule("index_select")
+def index_select(labels: Labels, op: Op) -> None:
+    """Picks along one axis by positions that are data."""
+    axes = list(labels[op.tensors[0]])
+    axis = op.arguments["dim"] % len(axes)
+    labels.freeze(axes[axis], f"operator {op} picks positions along the axis")
+    axes[axis] = labels.fixed(op.outputs[0].shape[axis])
+    labels.set(op.outputs[0], axes)
+
+
+@rule("index")
+def index(labels: Labels, op: Op) -> None:
+    """``x[i, :, j]`` with index tensors: indexed axes are frozen and replaced by the broadcast of the indices."""
+    source = op.tensors[0]
+    axes = labels[source]
+    indices = op.arguments["indices"]
+    used = [axis for axis, given in enumerate(indices) if isinstance(given, TensorRef)]
+    if not used or any(len(indices[axis].shape) == 0 for axis in used):
+        raise NoRule("an index without an axis")
+    for axis in used:
+        labels.freeze(axes[axis], f"operator {op} picks positions along the axis")
+    passing = [axis for axis in range(len(axes)) if axis not in used]
+    output = op.outputs[0]
+    new = [labels.fixed(n) for n in output.shape]
+    num_new = len(output.shape) - len(passing)
+    together = used == list(range(used[0], used[-1] + 1))
+    first = used[0] if together else 0
+    positions = [p for p in range(len(output.shape)) if not first <= p < first + num_new]
+    for position, axis in zip(positions, passing, strict=True):
+        new[position] = axes[axis]
+    labels.set(output, new)
+
+
+@rule("gather", "scatter", "scatter_add", "index_add", "index_copy", "index_fill")
+def along_axis(labels: Labels, op: Op) -> None:
+    """The named axis is frozen in every tensor; the others are element by element where their lengths agree."""
+    output = op.outputs[0]
+    ndim = len(output.shape)
+    axis = op.arguments["dim"] % ndim
+    result = [labels.fixed(n) for n in output.shape]
+    for ref in op.tensors:
+        if len(ref.shape) != ndim:
+            continue
+        for position, axis_labels in enumerate(labels[ref]):
+            if position == axis or len(axis_labels) != output.shape[position]:
+                labels.freeze(axis_labels, f"operator {op} picks positions along the axis")
+            elif ref is op.tensors[0]:
+                result[position] = axis_labels
+            else:
+                labels.link(result[position], axis_labels, str(op))
+    labels.set(output, result)

@@ -1,0 +1,206 @@
+"""Choose what goes: the least important channels, in lumps that keep the model consistent, until the budget is met."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compress.channels import ChannelGraph
+from compress.errors import BudgetError, PruneError
+from compress.labels import Array
+
+Scores = Sequence[npt.NDArray[np.float64]]
+
+FLOOR = 0.1  # no axis falls below this part of its length: PruningBench's "10 % group-wise protection"
+SCOPES = ("global", "uniform")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Remove lump ``lump`` ``times`` times; chunks of one lump are taken in order."""
+
+    lump: int
+    times: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Units to remove by group index, and how often each lump was taken."""
+
+    units: Mapping[int, Array]
+    lumps: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """``scope``: "global" compares scores over groups (each divided by its group's mean), "uniform" takes the same
+    part of every group. ``round_to``: widths become multiples of it. ``min_channels``: no axis gets shorter.
+    ``exact_steps``: the cost is exact, so that the last step may be chosen by it (a measured latency is not)."""
+
+    scope: str = "global"
+    round_to: int = 1
+    min_channels: int = 1
+    exact_steps: bool = True
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise PruneError(f"scope={self.scope!r} is unknown: choose one of {', '.join(SCOPES)}")
+        if self.round_to < 1:
+            raise PruneError(f"round_to={self.round_to} must be at least 1")
+        if self.min_channels < 1:
+            raise PruneError(f"min_channels={self.min_channels} must be at least 1")
+
+
+def select(
+    graph: ChannelGraph,
+    scores: Scores,
+    cost: Callable[[Selection], float],
+    target: float,
+    options: SelectOptions,
+) -> Selection:
+    """The shortest prefix of the removal order whose cost is at most ``target``.
+
+    Args:
+        scores: importance of the units of each group, shape (units,), higher is kept.
+        cost: the exact cost of a selection, as a fraction of the dense model's; falls as more is removed.
+        target: fraction in (0, 1].
+
+    Raises:
+        BudgetError: the target is below what the floors allow; says the smallest that can be reached.
+    """
+    order = [np.argsort(values, kind="stable") for values in scores]
+    chunks = list(_feasible(graph, _ordered_chunks(graph, scores, order, options), options))
+
+    def after(taken: Sequence[Chunk]) -> Selection:
+        return _selection(graph, order, _times(taken))
+
+    if target >= 1:
+        return after([])
+    smallest = cost(after(chunks))
+    if smallest > target:
+        raise BudgetError(
+            f"the budget {target:.3g} cannot be reached: at least {smallest:.3g} remains with min_channels="
+            f"{options.min_channels}, round_to={options.round_to} and a floor of {FLOOR:.0%} an axis; "
+            "raise the budget, protect less, or allow inexact groups"
+        )
+    low, high = 0, len(chunks)  # cost(low) > target >= cost(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(after(chunks[:middle])) <= target else (middle, high)
+    if options.exact_steps:
+        return _closest(chunks, low, lambda times: _selection(graph, order, times), cost, target)
+    return after(chunks[:high])
+
+
+def _closest(
+    chunks: Sequence[Chunk],
+    taken: int,
+    after: Callable[[Mapping[int, int]], Selection],
+    cost: Callable[[Selection], float],
+    target: float,
+) -> Selection:
+    """Of the chunks that could come next, take the one that meets the budget and wastes least."""
+    base = _times(chunks[:taken])
+    upcoming: dict[int, Chunk] = {}
+    for chunk in chunks[taken:]:
+        upcoming.setdefault(chunk.lump, chunk)  # chunks of one lump are taken in order
+    best: tuple[float, Selection] | None = None
+    for chunk in upcoming.values():
+        selection = after({**base, chunk.lump: base.get(chunk.lump, 0) + chunk.times})
+        reached = cost(selection)
+        if reached <= target and (best is None or reached > best[0]):
+            best = (reached, selection)
+    assert best is not None  # the chunk that ended the search meets the budget
+    return best[1]
+
+
+def _ordered_chunks(graph: ChannelGraph, scores: Scores, order: Sequence[Array], options: SelectOptions) -> list[Chunk]:
+    normalised = [_normalised(values)[ranks] for values, ranks in zip(scores, order, strict=True)]
+    keyed: list[tuple[float, int, Chunk]] = []
+    for index, lump in enumerate(graph.lumps):
+        available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
+        taken = 0
+        for times in _steps(graph, index, available, options.round_to):
+            if options.scope == "uniform":
+                key = (taken + times) / available
+            else:
+                parts = [normalised[g][taken * n : (taken + times) * n] for g, n in lump.units.items()]
+                key = float(np.mean(np.concatenate(parts)))
+            taken += times
+            keyed.append((key, index, Chunk(index, times)))
+    # within a lump keys rise, as units are sorted; a stable sort keeps equal ones in order
+    return [chunk for _, _, chunk in sorted(keyed, key=lambda item: item[0])]
+
+
+def _normalised(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    shifted = values - min(float(values.min()), 0.0)
+    mean = float(shifted.mean())
+    return shifted / mean if mean > 0 else shifted
+
+
+def _steps(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Iterator[int]:
+    """How often the lump goes at once, so that the widths which it alone decides become multiples of ``round_to``."""
+    units = graph.lumps[lump].units
+    lengths = graph.lengths
+    pure: list[tuple[int, int]] = []  # (length, what one lump takes)
+    if round_to > 1:
+        for row in range(lengths.matrix.shape[0]):
+            part = slice(lengths.matrix.indptr[row], lengths.matrix.indptr[row + 1])
+            groups, counts = lengths.matrix.indices[part], lengths.matrix.data[part]
+            if len(groups) and set(groups.tolist()) <= set(units):
+                length = int(lengths.fixed[row] + counts @ graph.sizes[groups])
+                pure.append((length, int(sum(c * units[int(g)] for g, c in zip(groups, counts, strict=True)))))
+    taken = 0
+    while taken < available:
+        times = 1
+        while taken + times < available and any((n - (taken + times) * d) % round_to for n, d in pure):
+            times += 1
+        if any((n - (taken + times) * d) % round_to for n, d in pure):
+            return
+        yield times
+        taken += times
+
+
+def _feasible(graph: ChannelGraph, chunks: Sequence[Chunk], options: SelectOptions) -> Iterator[Chunk]:
+    """The chunks that leave every axis long enough; once a chunk does not fit, nor do later ones of its lump."""
+    matrix = graph.lengths.matrix.tocsc()
+    length = graph.lengths.fixed + graph.lengths.matrix @ graph.sizes
+    least = np.minimum(length, np.maximum(options.min_channels, np.ceil(FLOOR * length))).astype(np.int64)
+    kept = graph.sizes.copy()
+    effects: list[tuple[Array, Array]] = []
+    for lump in graph.lumps:
+        removal = np.zeros(len(kept), dtype=np.int64)
+        removal[list(lump.units)] = list(lump.units.values())
+        effect = matrix @ removal
+        rows = np.flatnonzero(effect)
+        effects.append((rows, effect[rows]))
+    finished: set[int] = set()
+    for chunk in chunks:
+        if chunk.lump in finished:
+            continue
+        rows, effect = effects[chunk.lump]
+        left = length[rows] - chunk.times * effect
+        enough = all(kept[g] >= n * chunk.times for g, n in graph.lumps[chunk.lump].units.items())
+        if not enough or (left < least[rows]).any():
+            finished.add(chunk.lump)
+            continue
+        length[rows] = left
+        for g, n in graph.lumps[chunk.lump].units.items():
+            kept[g] -= n * chunk.times
+        yield chunk
+
+
+def _times(taken: Sequence[Chunk]) -> dict[int, int]:
+    times: dict[int, int] = {}
+    for chunk in taken:
+        times[chunk.lump] = times.get(chunk.lump, 0) + chunk.times
+    return times
+
+
+def _selection(graph: ChannelGraph, order: Sequence[Array], times: Mapping[int, int]) -> Selection:
+    counts: dict[int, int] = {}
+    for index, number in times.items():
+        for g, n in graph.lumps[index].units.items():
+            counts[g] = counts.get(g, 0) + n * number
+    return Selection({g: np.sort(order[g][:count]) for g, count in counts.items()}, dict(times))

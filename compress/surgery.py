@@ -1,0 +1,143 @@
+"""Carry out a plan on a model: slice parameters and buffers, set integers. Also the masked twin."""
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.errors import PruneError
+from compress.labels import Array
+from compress.plan import PrunePlan, StoredValue
+
+
+def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False) -> nn.Module:
+    """Remove what ``plan`` names from ``model``; a copy is pruned unless ``inplace``.
+
+    Args:
+        model: the model that the plan was made for, or another instance of its class.
+        plan: from :func:`compress.prune`, or read from JSON.
+        inplace: prune ``model`` itself (its parameters become new objects: give them to the optimiser again).
+
+    Raises:
+        PruneError: a parameter of the plan is missing or has another size; the model is as before.
+    """
+    tensors = _checked_tensors(model, plan)
+    removed: dict[str, list[tuple[int, Array]]] = {}
+    for (name, axis), indices in plan.removed().items():
+        removed.setdefault(name, []).append((axis, indices))
+    sliced = {name: _without(tensors[name], cuts) for name, cuts in removed.items()}
+    if inplace:
+        _replace(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
+    else:
+        # the copy meets the sliced tensors where the originals were, so those are never copied at full size
+        model = copy.deepcopy(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
+    for value in plan.integers:
+        _set_integer(model, value)
+    _describe_modules(model)
+    return model
+
+
+def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A copy of ``model`` of full size in which the removed channels influence nothing.
+
+    The consumers' slices of the removed channels are zero. For an exact plan the copy computes what the pruned model
+    computes; else (``plan.exact`` is False) statistics taken over the channels still see the removed ones.
+    """
+    return copy.deepcopy(masked_view(model, plan))
+
+
+def masked_view(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """As :func:`mask`, sharing with ``model`` every tensor that is not masked: for a look, not for training."""
+    tensors = _checked_tensors(model, plan)
+    shared: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors.values()}
+    for (name, axis), indices in plan.removed(role="consumer").items():
+        tensor = shared[id(tensors[name])]
+        filled = tensor.detach().index_fill(axis, torch.from_numpy(indices).to(tensor.device), 0)
+        shared[id(tensors[name])] = nn.Parameter(filled, tensor.requires_grad) if _is_parameter(tensor) else filled
+    return copy.deepcopy(model, shared)  # the copy meets these tensors where the originals were
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for slots in (module._parameters, module._buffers):
+            for slot, tensor in slots.items():
+                if tensor is not None:
+                    yield (f"{prefix}.{slot}" if prefix else slot), tensor
+
+
+def _checked_tensors(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
+    tensors = dict(_named_tensors(model))
+    for (name, axis), size in plan.sizes().items():
+        if name not in tensors:
+            raise PruneError(f"the plan removes part of {name!r}, which the model does not have: is it another class?")
+        shape = tuple(tensors[name].shape)
+        if axis >= len(shape) or shape[axis] != size:
+            raise PruneError(
+                f"the plan was made for {name!r} with {size} elements along axis {axis}, here it has shape {shape}: "
+                "apply it to an unpruned instance of the same architecture"
+            )
+    return tensors
+
+
+def _without(tensor: Tensor, cuts: list[tuple[int, Array]]) -> Tensor:
+    result = tensor.detach()
+    for axis, indices in cuts:
+        kept = np.setdiff1d(np.arange(tensor.shape[axis]), indices)
+        result = result.index_select(axis, torch.from_numpy(kept).to(tensor.device))
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        result = result.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(result, tensor.requires_grad) if _is_parameter(tensor) else result
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _replace(model: nn.Module, new: Mapping[int, Tensor]) -> None:
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for slot, tensor in slots.items():
+                if id(tensor) in new:
+                    slots[slot] = new[id(tensor)]  # type: ignore[assignment]
+        for value in vars(module).values():  # recurrent layers keep their parameters in a list as well
+            if isinstance(value, list):
+                value[:] = [new.get(id(item), item) for item in value]
+
+
+def _set_integer(model: nn.Module, value: StoredValue) -> None:
+    module = model.get_submodule(value.module)
+    new = _with(getattr(module, value.name), value.path, value.value)
+    object.__setattr__(module, value.name, new)
+
+
+def _with(container: object, path: tuple[int | str, ...], value: int) -> object:
+    if not path:
+        return value
+    step = path[0]
+    if isinstance(container, dict):
+        return {**container, step: _with(container[step], path[1:], value)}
+    items = list(container)  # type: ignore[call-overload]
+    items[step] = _with(items[step], path[1:], value)
+    return items if isinstance(container, list) else tuple(items)
+
+
+def _describe_modules(model: nn.Module) -> None:
+    """Let ``torch.nn`` layers state the sizes that they have: integers that describe and do not compute."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            transposed = 1 if module.transposed else 0
+            sizes = (module.weight.shape[0], module.weight.shape[1] * module.groups)
+            module.out_channels, module.in_channels = sizes[transposed], sizes[1 - transposed]
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            known = [t for t in (module.weight, module.running_mean) if t is not None]
+            module.num_features = known[0].shape[0] if known else module.num_features
+        elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+            module.num_channels = module.weight.shape[0]
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings, module.embedding_dim = module.weight.shape
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = module.weight.shape[0]

@@ -1,0 +1,88 @@
+"""Check a plan by running it: the pruned model must compute what its masked twin computes."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from compress.plan import PrunePlan
+from compress.surgery import apply, masked_view
+from compress.trace import ExampleInputs, as_arguments
+
+SINGLE_TOLERANCE = 1e-4  # of the output's scale: float32 noise stays below it, wrong wiring does not
+DOUBLE_TOLERANCE = 1e-9
+
+
+def agrees(model: nn.Module, plan: PrunePlan, pruned: nn.Module, example_inputs: ExampleInputs) -> bool:
+    """Whether ``pruned`` runs with the model's output shapes and, for an exact plan, gives its masked twin's numbers.
+
+    Computed in the model's own precision; what differs there by more than rounding is computed again in float64.
+    """
+    inputs = _lively(example_inputs)
+    try:
+        found = _outputs(pruned, inputs)
+        twin = masked_view(model, plan)
+        expected = _outputs(twin, inputs)
+        if [t.shape for t in found] != [t.shape for t in expected]:
+            return False
+        if not plan.exact or _close(found, expected, SINGLE_TOLERANCE):
+            return True
+        double = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+        found = _outputs(apply(model, plan).double(), double)
+        return _close(found, _outputs(copy.deepcopy(twin).double(), double), DOUBLE_TOLERANCE)
+    except Exception:  # noqa: BLE001  a pruned model that does not run, for whatever reason, is what is looked for
+        return False
+
+
+def culprits(parts: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> list[int]:
+    """The parts without which the rest holds, found by halving.
+
+    Args:
+        parts: what failed together.
+        holds: whether a subset is fine on its own.
+    """
+    if len(parts) == 1:
+        return list(parts)
+    middle = len(parts) // 2
+    failing = [half for half in (parts[:middle], parts[middle:]) if not holds(half)]
+    if not failing:  # each half is fine, together they are not: give up the smaller
+        return list(parts[:middle])
+    return [part for half in failing for part in culprits(half, holds)]
+
+
+def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+    args, kwargs = as_arguments(inputs)
+    was_training = model.training
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        outputs: Any = model.eval()(*args, **kwargs)
+    model.train(was_training)
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _lively(example_inputs: ExampleInputs) -> ExampleInputs:
+    """Constant inputs (zeros, say) would hide errors: noise takes their place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.numel() < 2 or bool((tensor != tensor.flatten()[0]).any()):
+            return tensor
+        return torch.randn(tensor.shape, generator=generator).to(tensor)
+
+    return tree_map_only(Tensor, noise, example_inputs)
+
+
+def _close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> bool:
+    for a, b in zip(found, expected, strict=True):
+        if not a.is_floating_point() or not b.numel():
+            continue
+        finite = b.isfinite()
+        scale = float(b[finite].abs().max()) if finite.any() else 0.0  # no floor of 1: outputs may be tiny
+        same = torch.where(finite, (a - b).abs() <= tolerance * scale, a.isfinite() == finite)
+        if not bool(same.all()):
+            return False
+    return True
