@@ -257,7 +257,7 @@ class _FunctionRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder = self.recorder
-        if func is _SHAPE_GETTER or func is Tensor.size:
+        if func == _SHAPE_GETTER or func is Tensor.size:  # the getter is bound anew at each look-up
             return self._size(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         outer, recorder.call = recorder.call, _call(name, (*args, *kwargs.values()))
