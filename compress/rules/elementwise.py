@@ -7,7 +7,7 @@ from compress.rules.registry import NoRule, rule
 from compress.trace import Op, TensorRef
 
 
-@rule("where", "copy", "addcmul", "addcdiv", "masked_fill", "lerp", "threshold_backward")
+@rule("where", "copy", "addcmul", "addcdiv", "masked_fill", "lerp", "threshold_backward", "_prelu_kernel")
 def pointwise(labels: Labels, op: Op) -> None:
     """Also every operator that PyTorch tags as pointwise: the result at a position depends on that position alone."""
     if not op.outputs:

@@ -13,10 +13,8 @@ def factory(labels: Labels, op: Op) -> None:
     output = op.outputs[0]
     axes = []
     for size, expression in zip(output.shape, origins(op, "size"), strict=True):
-        follows = expression is not None and not isinstance(expression, int)
-        axis = labels.fresh(size) if follows else labels.fixed(size)
-        if follows:
-            labels.equate(expression, axis, str(op))
+        axis = labels.fixed(size) if isinstance(expression, int) else labels.fresh(size)
+        labels.equate(None if isinstance(expression, int) else expression, axis, str(op))
         axes.append(axis)
     labels.set(output, axes)
 
