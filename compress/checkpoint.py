@@ -93,19 +93,22 @@ def _read(path: Path) -> object:
             # torch warns about what it then refuses (pickle protocols, TorchScript); our error says it once.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"Python objects ({found[1]})" if found else "Python objects"
-        raise CheckpointError(
-            f"checkpoint {path} holds {what} beside tensors and was refused unread, since loading them can run code; "
-            "where you trust it, save it again with torch.save(model.state_dict(), FILE) or as safetensors"
-        ) from error
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0].split(". ")[0] or type(error).__name__
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"checkpoint {path} holds a Python object ({found[1]}) and was refused, since loading it can run code; "
+                "where you trust it, save the weights again with torch.save(model.state_dict(), FILE) or as safetensors"
+            ) from error
+        foreign = isinstance(error, pickle.UnpicklingError)  # its message is a page about weights_only
+        reason = "it holds something else than tensors" if foreign else _first_sentence(error)
         raise CheckpointError(
             f"checkpoint {path} is damaged or no checkpoint ({reason}); copy or download it again, or save the weights "
             "with torch.save(model.state_dict(), FILE) or as safetensors"
         ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0].split(". ")[0] or type(error).__name__
 
 
 def _find_weights(content: object) -> dict[str, Tensor] | None:

@@ -109,8 +109,11 @@ def _draw_curve(path: Path, records: Sequence[RoundRecord]) -> None:
         axes.plot(percent, accuracy, marker="o", color="tab:blue")
         axes.axhline(accuracy[0], color="tab:gray", linestyle="--", linewidth=1, label="dense")
         for record, x in zip(records, percent, strict=True):
-            axes.annotate(f"{record.round}", (x, record.accuracy), textcoords="offset points", xytext=(5, 6))
+            axes.annotate(
+                f"{record.round}", (x, record.accuracy), textcoords="offset points", xytext=(0, 7), ha="center"
+            )
         axes.set_xlim(0, 106)
+        axes.margins(y=0.12)
         axes.set_xlabel(f"{name} kept (% of {size[0]:,})")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")

@@ -20,12 +20,12 @@ class FlagParser(ArgumentParser):
         self.add_argument("--config", action="config", help="YAML file with any of these flags; flags after it win")
         self.add_class_arguments(config)
 
-    def format_help(self) -> str:
+    def format_help(self, *arguments: Any) -> str:
         """The help text, with dashes in the flags."""
-        return _with_dashes(super().format_help())
+        return _with_dashes(super().format_help(*arguments))
 
 
-def run_command(run: Callable[[Any], None], config: type, prog: str, argv: Sequence[str] | None) -> int:
+def run_command(run: Callable[[Any], object], config: type, prog: str, argv: Sequence[str] | None) -> int:
     """Parses ``argv`` into a ``config``, hands it to ``run`` and returns the exit status.
 
     Bad input (any ``ValueError``, and files that cannot be read or written) is one line on the standard error and
@@ -83,9 +83,9 @@ def _one_line(error: Exception) -> str:
         return f"--{wrong[1].replace('_', '-')} cannot be {wrong[2]!r}; see --help for what it takes"
     if text.startswith("unrecognized arguments:"):
         return f"there is no flag {_with_dashes(text.partition(': ')[2])}; see --help"
-    return (
-        text.replace("the following arguments are required: ", "these flags are required: --") or type(error).__name__
-    )
+    if text.startswith("the following arguments are required:"):
+        return f"these flags are required: --{text.partition(': ')[2].replace(', ', ', --')}"
+    return text or type(error).__name__
 
 
 def _with_dashes(text: str) -> str:

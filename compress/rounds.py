@@ -1,0 +1,205 @@
+"""One round of Prune / Train / Repeat: from the last committed round to the next.
+
+A round starts from what is committed on the disk and from random states that follow from (seed, round, phase), never
+from what happens to be in memory. A resumed run therefore takes exactly the path of an undisturbed one.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from compress.artifact import load, save
+from compress.budget import Budget
+from compress.cost import latency, measure
+from compress.errors import PruneError
+from compress.folder import commit_folder
+from compress.plan import PrunePlan
+from compress.pruning import PruneResult, prune
+from compress.report import RoundRecord
+from compress.schedule import Schedule, kept_fraction
+
+MODEL, PLAN, SCORES, KEPT, RECORD = "model.safetensors", "plan.json", "scores.safetensors", "kept.json", "record.json"
+
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+
+
+class PruneOptions(TypedDict, total=False):
+    """What a run hands on to :func:`compress.prune` in every round; see there."""
+
+    scope: str
+    calibration: Iterable[Any] | None
+    loss: Callable[..., torch.Tensor] | None
+    recover: bool
+    exact_only: bool
+    protect: Sequence[str]
+    round_to: int
+    min_channels: int
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What a ``train`` function may know: the round (from 1), a folder for its own checkpoints, and a seed.
+
+    The folder outlives a crash: a ``train`` that checkpoints in it goes on in the middle of a round.
+    """
+
+    round: int
+    folder: Path
+    seed: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run prunes; with the model and the data it decides the result."""
+
+    budget: Budget
+    rounds: int
+    schedule: str | Schedule
+    criterion: Any
+    seed: int
+    options: PruneOptions
+
+    def __post_init__(self) -> None:
+        for index in range(max(self.rounds, 1)):  # a schedule with a bad value fails here, not after hours of training
+            self.target(index)
+
+    def target(self, index: int) -> float:
+        """The fraction of the dense cost that is left after round ``index``."""
+        return kept_fraction(self.schedule, self.budget.fraction, index, self.rounds)
+
+    def prune(self, model: nn.Module, example_inputs: Any, fraction: float, index: int) -> PruneResult:
+        """Prunes ``model`` to ``fraction`` of its own cost, as in round ``index``."""
+        budget = Budget(**{self.budget.metric: fraction})
+        seed = seed_everything(self.seed, index, "prune")
+        return prune(model, example_inputs, budget=budget, criterion=self.criterion, seed=seed, **self.options)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of a run in ``folder``: :meth:`play` commits one, the other methods read committed ones."""
+
+    model: nn.Module
+    example_inputs: Any
+    recipe: Recipe
+    folder: Path
+
+    def path(self, index: int) -> Path:
+        """The folder of a round; it exists when the round is committed."""
+        return self.folder / f"{index:02d}"
+
+    def record(self, index: int) -> RoundRecord:
+        """What the round measured."""
+        return RoundRecord.from_json((self.path(index) / RECORD).read_text(encoding="utf-8"))
+
+    def scores(self, index: int) -> dict[str, np.ndarray]:
+        """The scores of each group's units that the round pruned by."""
+        return load_file(self.path(index) / SCORES)
+
+    def result(self, index: int) -> tuple[nn.Module, PrunePlan]:
+        """The model after the round, in evaluation mode, and its plan against the dense model."""
+        return _read(self.model, self.path(index))
+
+    def play(self, index: int, train: Callable[..., object], evaluate: Evaluate) -> None:
+        """Prunes and commits that on its own, then trains, evaluates, measures and commits the round."""
+        pruned = self.folder / f"{index:02d}.pruned"
+        if not pruned.exists():
+            commit_folder(pruned, lambda partial: self._prune(partial, index))
+        model, plan = _read(self.model, pruned)
+        if index > 0:
+            context = RoundContext(
+                index, self.folder / f"{index:02d}.train", seed_everything(self.recipe.seed, index, "train")
+            )
+            context.folder.mkdir(exist_ok=True)
+            model.train()
+            train(model, context) if _wants_context(train) else train(model)
+        seed_everything(self.recipe.seed, index, "evaluate")
+        metrics = _as_metrics(evaluate(model.eval()), index)
+        record = RoundRecord(
+            round=index,
+            accuracy=sum(metrics.values()) / len(metrics),
+            **asdict(measure(model, self.example_inputs)),
+            latency_seconds=latency(model, self.example_inputs),
+            target=self.recipe.target(index),
+            metrics=metrics,
+            kept=json.loads((pruned / KEPT).read_text(encoding="utf-8")),
+        )
+        commit_folder(self.path(index), lambda partial: _write(partial, model, plan, record, pruned))
+        shutil.rmtree(pruned)
+
+    def _prune(self, folder: Path, index: int) -> None:
+        """Writes the start of a round: what the last round left, cut to what the schedule allows."""
+        model, plan, fraction = self.model, PrunePlan.empty(), 1.0
+        totals: Mapping[str, tuple[int, int]] = {}
+        if index > 0:
+            model, plan = self.result(index - 1)
+            totals = self.record(index - 1).kept
+            # At most 1: the last round may have overshot its target by a lump, and be below this one already.
+            fraction = min(1.0, self.recipe.target(index) / self._remaining(index - 1, plan))
+        result = self.recipe.prune(model, self.example_inputs, fraction, index)
+        if index > 0:  # round 0 is the dense model as it was given: recovery would touch its statistics
+            model, plan = result.model, plan.then(result.plan)
+        kept = {name: (left, totals.get(name, (left, total))[1]) for name, (left, total) in result.kept.items()}
+        save(model, folder / MODEL, plan=plan)
+        (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        (folder / KEPT).write_text(json.dumps(kept), encoding="utf-8")
+        save_file({name: np.ascontiguousarray(scores) for name, scores in result.scores.items()}, folder / SCORES)
+
+    def _remaining(self, index: int, plan: PrunePlan) -> float:
+        """The fraction of the dense model's cost that is left after a round, whose plan is ``plan``."""
+        metric = self.recipe.budget.metric
+        if metric == "channels":
+            dense = sum(len(scores) for scores in self.scores(0).values())
+            return 1 - sum(group.num_removed for group in plan.groups) / dense
+        name = "latency_seconds" if metric == "latency" else metric
+        return getattr(self.record(index), name) / getattr(self.record(0), name)
+
+
+def seed_everything(*key: object) -> int:
+    """Seeds the global generators of Python, NumPy and PyTorch from ``key``, whatever ran before; returns the seed."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - what the caller's training may draw from
+    torch.manual_seed(seed)
+    return seed
+
+
+def _read(dense: nn.Module, folder: Path) -> tuple[nn.Module, PrunePlan]:
+    plan = PrunePlan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+    return load(dense, folder / MODEL).eval(), plan
+
+
+def _write(folder: Path, model: nn.Module, plan: PrunePlan, record: RoundRecord, pruned: Path) -> None:
+    save(model, folder / MODEL, plan=plan)
+    shutil.copyfile(pruned / PLAN, folder / PLAN)
+    shutil.copyfile(pruned / SCORES, folder / SCORES)
+    (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
+
+
+def _as_metrics(value: float | Mapping[str, float], index: int) -> dict[str, float]:
+    named = value if isinstance(value, Mapping) else {"accuracy": value}
+    metrics = {name: float(number) for name, number in named.items()}
+    if not metrics or not all(map(math.isfinite, metrics.values())):
+        raise PruneError(
+            f"evaluate returned {metrics} in round {index}, and finite numbers are needed; "
+            "where training diverged, lower the learning rate"
+        )
+    return metrics
+
+
+def _wants_context(train: Callable[..., object]) -> bool:
+    """Whether the second positional parameter has no default: ``train(model, epochs=2)`` gets the model only."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(train).parameters.values()
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) >= 2

@@ -1,0 +1,84 @@
+"""Everything that can be said about a pruning run: its flags, its YAML, and whether a folder is of the same run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress import Budget
+from compress.folder import claim
+
+CONFIG_FILE = "config.yaml"
+# Where and how loudly a run works; everything else must be equal for a folder to be the same run.
+NOT_IN_CONFIG_FILE = ("folder", "device")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Prune a model to a budget, in rounds of pruning and training; the same command resumes an interrupted run.
+
+    Args:
+        model: layers:NAME, torchvision:NAME, timm:NAME or FILE.py:FACTORY
+        data: digits, imagefolder:PATH (with train/ and test/), cifar10:PATH or cifar100:PATH
+        budget: what fraction of the dense model to keep: one of --budget.macs .params .channels .latency, in (0, 1]
+        checkpoint: weights to start from (.pt .pth .th .safetensors); without, the dense model is trained first
+        dense_epochs: epochs of training the dense model, where there is no checkpoint
+        mean: per channel on the scale of [0, 1], as in --mean 0.485 0.456 0.406; default: measured on the data
+        std: likewise
+        image_size: pixels a side, for image folders whose images differ in size
+        criterion: which channels go: l1, l2, mean_activation, nonzero or random
+        scope: "global" compares channels over layers, "uniform" takes the same part of each
+        schedule: one_shot, linear, cubic or exponential
+        rounds: of pruning and training
+        epochs: of training in each round
+        lr: peak learning rate, falling to 0 in each round; default: 0.05
+        batch_size: images a step
+        recover: repair each pruned model without training (batch-norm statistics, on training images)
+        max_drop: stop at the first round that loses more test accuracy than this fraction, and return the one before
+        seed: of everything random
+        device: auto, cpu, cuda, ...
+        folder: of this run: results, curves and what a resume needs
+    """
+
+    model: str
+    data: str
+    budget: Budget
+    checkpoint: str | None = None
+    dense_epochs: int = 20
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    image_size: int | None = None
+    criterion: str = "l2"
+    scope: str = "global"
+    schedule: str = "cubic"
+    rounds: int = 3
+    epochs: int = 2
+    lr: float | None = None
+    batch_size: int = 128
+    recover: bool = False
+    max_drop: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    folder: str = "runs/prune"
+
+    def __post_init__(self) -> None:
+        for name in ("dense_epochs", "rounds", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least 1")
+
+
+def claim_folder(folder: Path, config: PruneConfig) -> None:
+    """Writes the config that reproduces the run into ``folder``; ``ValueError`` where it holds another run."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_CONFIG_FILE}
+    outputs = ("dense", "rounds", "history.json", "small.safetensors", "run.json")
+    claim(
+        folder / CONFIG_FILE, values, outputs, dump=lambda value: yaml.safe_dump(value, sort_keys=False), parse=_parse
+    )
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,203 @@
+"""The whole command on small images: what it leaves, that it resumes, one clear line for everything that is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import compress
+from scripts import cli
+from scripts.prune import main
+from scripts.sources import build_model
+
+NET = """
+from torch import nn
+
+def net(num_classes, width=12):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * width, num_classes),
+    )
+
+def wider(num_classes):
+    return net(num_classes, width=13)
+"""
+RESULTS = ("small.safetensors", "history.json", "history.csv", "curve.png", "config.yaml")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "net.py"
+    path.write_text(NET)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(file: Path) -> Path:
+    torch.manual_seed(0)
+    path = file.with_name("dense.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in _build(file).state_dict().items()}}, path)
+    return path
+
+
+def _build(file: Path) -> torch.nn.Module:
+    return build_model(f"{file}:net", num_classes=10)
+
+
+def _flags(file: Path, folder: Path, *more: str) -> list[str]:
+    base = {"--model": f"{file}:net", "--data": "digits", "--budget.macs": "0.5", "--folder": str(folder)}
+    base |= {"--rounds": "2", "--epochs": "1", "--dense-epochs": "2"}
+    return [part for pair in base.items() for part in pair] + list(more)
+
+
+def _history(folder: Path) -> list[dict]:
+    rounds = json.loads((folder / "history.json").read_text())["rounds"]
+    return [{key: value for key, value in entry.items() if key != "latency_seconds"} for entry in rounds]
+
+
+@pytest.fixture(scope="module")
+def finished(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    assert main(_flags(file, folder)) == 0
+    return folder
+
+
+def test_leaves_its_results(finished: Path, file: Path) -> None:
+    assert all((finished / name).stat().st_size > 0 for name in RESULTS)
+    rounds = _history(finished)
+    assert [entry["round"] for entry in rounds] == [0, 1, 2]
+    assert rounds[2]["macs"] <= 0.5 * rounds[0]["macs"]
+    assert rounds[0]["accuracy"] > 0.5  # the dense model was trained
+    small = compress.load(_build(file), finished / "small.safetensors")
+    assert compress.measure(small, torch.zeros(1, 1, 8, 8)).macs == rounds[2]["macs"]
+
+
+def test_shows_every_round_and_before_and_after_when_it_comes_back(finished: Path, file: Path, capsys) -> None:
+    before = _history(finished)
+    assert main(_flags(file, finished)) == 0
+    output = capsys.readouterr().out
+    for part in (
+        "dense model",
+        "round 1 of 2",
+        "round 2 of 2",
+        "before / after",
+        "latency",
+        "kept per layer",
+        "tensorboard",
+    ):
+        assert part in output
+    assert _history(finished) == before
+
+
+def test_the_config_reproduces_the_run(finished: Path, tmp_path: Path) -> None:
+    assert yaml.safe_load((finished / "config.yaml").read_text())["budget"]["macs"] == 0.5
+    assert main(["--config", str(finished / "config.yaml"), "--folder", str(tmp_path / "b")]) == 0
+    assert _history(tmp_path / "b") == _history(finished)
+
+
+def test_another_run_is_refused_and_nothing_is_overwritten(finished: Path, file: Path, capsys) -> None:
+    content = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert main(_flags(file, finished, "--epochs", "2")) == 2
+    error = capsys.readouterr().err
+    assert "epochs is 1 there and 2 here" in error
+    assert error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == content
+
+
+@pytest.mark.parametrize("criterion", ["l1", "mean_activation", "nonzero", "random"])
+def test_prunes_a_checkpoint_by_every_criterion(file: Path, checkpoint: Path, tmp_path: Path, criterion: str) -> None:
+    flags = _flags(file, tmp_path / "a", "--checkpoint", str(checkpoint), "--criterion", criterion, "--rounds", "1")
+    assert main([*flags, "--mean", "0.3", "--std", "0.4", "--batch-size", "500"]) == 0
+    assert not (tmp_path / "a" / "dense").exists()
+    assert _history(tmp_path / "a")[1]["macs"] <= 0.5 * _history(tmp_path / "a")[0]["macs"]
+
+
+def _write_payload(path: Path) -> None:
+    torch.save({"state_dict": {}, "extra": os.system}, path)
+
+
+def _folder_of_images(path: Path, size: int, number: int) -> str:
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (path / part / name).mkdir(parents=True)
+            for index in range(number):
+                Image.new("RGB", (size, size), (index, 0, 0)).save(path / part / name / f"{index}.png")
+    return f"imagefolder:{path}"
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing checkpoint", "does not exist"),
+        ("corrupt checkpoint", "damaged or no checkpoint"),
+        ("payload", "refused"),
+        ("wrong architecture", "does not fit the model Sequential"),
+        ("wrong image size", "cannot run on the images (3, 16, 16)"),
+        ("empty data", "holds no images"),
+        ("no data", "none of digits, imagefolder"),
+        ("criterion", "no_such"),
+        ("budget of 0", "above 0 and at most 1"),
+        ("budget of 1.5", "above 0 and at most 1"),
+        ("two budgets", "one of"),
+        ("no budget", "one of"),
+        ("unreachable budget", "cannot be reached"),
+        ("rounds", "--rounds is 0"),
+        ("device", "--device moon"),
+        ("max drop", "max_drop is -1"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(file: Path, tmp_path: Path, case: str, message: str, capfd) -> None:
+    path, folder = tmp_path / "a.pt", tmp_path / "run"
+    more: dict[str, list[str]] = {
+        "missing checkpoint": ["--checkpoint", str(path)],
+        "corrupt checkpoint": ["--checkpoint", str(path)],
+        "payload": ["--checkpoint", str(path)],
+        "wrong architecture": ["--checkpoint", str(path), "--model", f"{file}:wider"],
+        "wrong image size": ["--data", _folder_of_images(tmp_path / "x", size=16, number=2)],
+        "empty data": ["--data", _folder_of_images(tmp_path / "y", size=16, number=0)],
+        "no data": ["--data", "mnist"],
+        "criterion": ["--criterion", "no_such"],
+        "budget of 0": ["--budget.macs", "0"],
+        "budget of 1.5": ["--budget.macs", "1.5"],
+        "two budgets": ["--budget.params", "0.5"],
+        "no budget": ["--budget.macs", "null"],
+        "unreachable budget": ["--budget.macs", "0.001"],
+        "rounds": ["--rounds", "0"],
+        "device": ["--device", "moon"],
+        "max drop": ["--max-drop", "-1"],
+    }
+    if case == "corrupt checkpoint":
+        path.write_bytes(b"no checkpoint at all")
+    elif case == "payload":
+        _write_payload(path)
+    elif case == "wrong architecture":
+        torch.save(_build(file).state_dict(), path)
+    assert main(_flags(file, folder, *more[case])) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_as_a_script_and_as_a_command(file: Path, tmp_path: Path, capsys) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "prune.py"
+    flags = _flags(file, tmp_path / "a", "--criterion", "no_such")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, str(script), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 2
+    assert cli.main(["prune", *flags]) == 2
+    assert done.stderr == capsys.readouterr().err
+
+
+def test_the_command_lists_its_sub_commands(capsys) -> None:
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    assert "prune" in capsys.readouterr().out
+    assert cli.main(["prone"]) == 2
+    assert "choose one of prune, demo" in capsys.readouterr().err
