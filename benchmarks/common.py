@@ -1,0 +1,147 @@
+"""What every benchmark shares: fair timing, a description of where it ran, and results as JSON."""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+
+from compress.folder import write_file
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+Stages = Mapping[str, float]  # seconds by name of the stage
+
+
+def parser(file: str, claim: str) -> argparse.ArgumentParser:
+    """Flags of the benchmark in ``file``: ``--output`` is where its JSON goes, by default beside those committed."""
+    flags = argparse.ArgumentParser(description=claim, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("--output", type=Path, default=RESULTS / f"{Path(file).stem}.json", help="JSON file to write")
+    return flags
+
+
+def interleaved(contestants: Mapping[str, Callable[[], Stages]], repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each stage of each contestant; they take turns, so that a machine's drift meets all alike.
+
+    A contestant does its work once and returns how long its stages took. The first turn of each is a warm-up and does
+    not count.
+    """
+    runs: dict[str, list[Stages]] = {name: [] for name in contestants}
+    for turn in range(repeats + 1):
+        for name, contestant in contestants.items():
+            gc.collect()  # nobody pays for the garbage of the one before
+            stages = contestant()
+            if turn > 0:
+                runs[name].append(stages)
+    return {name: {stage: median(run[stage] for run in found) for stage in found[0]} for name, found in runs.items()}
+
+
+@contextmanager
+def stopwatch(owner: Any, stages: Mapping[str, str]) -> Iterator[dict[str, float]]:
+    """Seconds spent in functions of ``owner`` (a module or class) inside the block, and in ``total``.
+
+    ``stages`` maps the name of a stage to that of a function; what is in none of them is up to the caller to name.
+    """
+    seconds = dict.fromkeys(stages, 0.0)
+
+    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[stage] += time.perf_counter() - begin
+
+        return wrapper
+
+    with ExitStack() as stack:
+        for stage, name in stages.items():
+            stack.enter_context(patch.object(owner, name, timed(stage, getattr(owner, name))))
+        start = time.perf_counter()
+        yield seconds
+        seconds["total"] = time.perf_counter() - start
+
+
+def write_results(path: Path, argv: Sequence[str], results: Mapping[str, Any], packages: Sequence[str] = ()) -> None:
+    """Write ``results`` with what is needed to read and repeat them; ``packages`` are peers whose version matters."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "command": _command(path.stem, argv),
+        "commit": _commit(),
+        "device": _device(),
+        "versions": {name: _version(name) for name in ("torch", "torchvision", "numpy", *packages)},
+        **results,
+    }
+    text = json.dumps(document, indent=1) + "\n"
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _command(name: str, argv: Sequence[str]) -> str:
+    """The command without folders: results are read by people whose files lie elsewhere."""
+    words = [re.sub(r"[^:=\s]*/", "", word) for word in argv]
+    return " ".join(["python", f"benchmarks/{name}.py", *words])
+
+
+def _commit() -> str:
+    """The commit that was measured, with ``+changes`` where tracked files differ from it."""
+    try:
+        show = ("git", "-C", str(ROOT))
+        commit = subprocess.run((*show, "rev-parse", "--short=12", "HEAD"), check=True, capture_output=True, text=True)
+        # the result files of other benchmarks are not what was measured
+        status = (*show, "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+        changed = subprocess.run(status, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+changes" if changed else "")
+
+
+def _device() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:  # not Linux
+        found = None
+    return found[1] if found else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def wide_console() -> Console:
+    """Where tables go: as wide as the terminal, or wide enough where there is none (a log, a pipe)."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def skipped(reason: str) -> int:
+    """Say why a benchmark did not run; that is no failure."""
+    print(f"skipped: {reason}", file=sys.stderr)
+    return 0
