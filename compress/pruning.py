@@ -14,6 +14,7 @@ from compress.cost import Cost, CostModel, cost_of, latencies
 from compress.criteria import Criterion, needs_activations, resolve
 from compress.errors import PruneError
 from compress.evidence import ActivationSums, Evidence, Values, collect_activations
+from compress.labels import Array
 from compress.plan import PrunePlan, make_plan
 from compress.recover import reestimate_batch_norm
 from compress.select import Selection, SelectOptions, select
@@ -105,7 +106,7 @@ def prune(
     while True:
         scores = _scores(model, graph, score, activations, loss, seed)
         attempt = _Attempt(model, example_inputs, graph)
-        selection = select(graph, scores, attempt.cost(budget), budget.fraction, options)
+        selection = select(graph, scores, attempt.savings(budget), attempt.cost(budget), budget.fraction, options)
         failed = attempt.failing_lumps(selection)
         if not failed:
             break
@@ -135,18 +136,33 @@ class _Attempt:
         """The part of the dense model's cost that remains after a selection."""
         if budget.metric == "latency":
             return self._latency
-        if budget.metric == "channels":
-            return lambda selection: 1.0 - self._num_removed(selection) / int(self.graph.sizes.sum())
-        total = self.before.macs if budget.metric == "macs" else self.before.params
-        price = CostModel(self.graph, budget.metric, total)
+        remaining = self._remaining(budget.metric)
+        sizes = self.graph.sizes
 
-        def remaining(selection: Selection) -> float:
-            kept = self.graph.sizes.copy()
+        def after(selection: Selection) -> float:
+            kept = sizes.copy()
             for group, units in selection.units.items():
                 kept[group] -= len(units)
-            return price(kept) / max(total, 1)
+            return remaining(kept)
 
-        return remaining
+        return after
+
+    def savings(self, budget: Budget) -> list[float]:
+        """What each lump saves when it is the first to go; multiply-accumulates stand in for seconds."""
+        remaining = self._remaining("macs" if budget.metric == "latency" else budget.metric)
+        saved = []
+        for lump in self.graph.lumps:
+            kept = self.graph.sizes.copy()
+            kept[list(lump.units)] -= list(lump.units.values())
+            saved.append(1.0 - remaining(kept))
+        return saved
+
+    def _remaining(self, metric: str) -> Callable[[Array], float]:
+        if metric == "channels":
+            return lambda kept: float(kept.sum() / self.graph.sizes.sum())
+        total = self.before.macs if metric == "macs" else self.before.params
+        price = CostModel(self.graph, metric, total)
+        return lambda kept: price(kept) / max(total, 1)
 
     def pruned(self, selection: Selection) -> tuple[nn.Module, PrunePlan]:
         """The pruned copy of the model, and its plan."""
@@ -178,9 +194,6 @@ class _Attempt:
         except PruneError:
             return False
         return agrees(self.model, plan, pruned, self.inputs)
-
-    def _num_removed(self, selection: Selection) -> int:
-        return sum(len(units) for units in selection.units.values())
 
     def _latency(self, selection: Selection) -> float:
         pruned, _ = self.pruned(selection)

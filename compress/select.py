@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compress.channels import ChannelGraph
+from compress.channels import ChannelGraph, ChannelGroup
 from compress.errors import BudgetError, PruneError
 from compress.labels import Array
 
@@ -34,8 +34,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class SelectOptions:
-    """``scope``: "global" compares scores over groups (each divided by its group's mean), "uniform" takes the same
-    part of every group. ``round_to``: widths become multiples of it. ``min_channels``: no axis gets shorter.
+    """``scope``: "global" spends the budget where it costs least importance, "uniform" takes the same part of every
+    group. ``round_to``: widths become multiples of it. ``min_channels``: no axis gets shorter.
     ``exact_steps``: the cost is exact, so that the last step may be chosen by it (a measured latency is not)."""
 
     scope: str = "global"
@@ -55,6 +55,7 @@ class SelectOptions:
 def select(
     graph: ChannelGraph,
     scores: Scores,
+    savings: Sequence[float],
     cost: Callable[[Selection], float],
     target: float,
     options: SelectOptions,
@@ -63,6 +64,7 @@ def select(
 
     Args:
         scores: importance of the units of each group, shape (units,), higher is kept.
+        savings: what removing each lump once from the dense model saves, in any unit.
         cost: the exact cost of a selection, as a fraction of the dense model's; falls as more is removed.
         target: fraction in (0, 1].
 
@@ -70,7 +72,7 @@ def select(
         BudgetError: the target is below what the floors allow; says the smallest that can be reached.
     """
     order = [np.argsort(values, kind="stable") for values in scores]
-    chunks = list(_feasible(graph, _ordered_chunks(graph, scores, order, options), options))
+    chunks = list(_feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options))
 
     def after(taken: Sequence[Chunk]) -> Selection:
         return _selection(graph, order, _times(taken))
@@ -115,9 +117,11 @@ def _closest(
     return best[1]
 
 
-def _ordered_chunks(graph: ChannelGraph, scores: Scores, order: Sequence[Array], options: SelectOptions) -> list[Chunk]:
-    normalised = [_normalised(values)[ranks] for values, ranks in zip(scores, order, strict=True)]
-    keyed: list[tuple[float, int, Chunk]] = []
+def _ordered_chunks(
+    graph: ChannelGraph, scores: Scores, order: Sequence[Array], savings: Sequence[float], options: SelectOptions
+) -> list[Chunk]:
+    shares = [_shares(g, values)[ranks] for g, values, ranks in zip(graph.groups, scores, order, strict=True)]
+    keyed: list[tuple[float, Chunk]] = []
     for index, lump in enumerate(graph.lumps):
         available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
         taken = 0
@@ -125,18 +129,23 @@ def _ordered_chunks(graph: ChannelGraph, scores: Scores, order: Sequence[Array],
             if options.scope == "uniform":
                 key = (taken + times) / available
             else:
-                parts = [normalised[g][taken * n : (taken + times) * n] for g, n in lump.units.items()]
-                key = float(np.mean(np.concatenate(parts)))
+                key = sum(float(shares[g][taken * n : (taken + times) * n].sum()) for g, n in lump.units.items())
+                key /= max(times * savings[index], np.finfo(float).tiny)
             taken += times
-            keyed.append((key, index, Chunk(index, times)))
+            keyed.append((key, Chunk(index, times)))
     # within a lump keys rise, as units are sorted; a stable sort keeps equal ones in order
-    return [chunk for _, _, chunk in sorted(keyed, key=lambda item: item[0])]
+    return [chunk for _, chunk in sorted(keyed, key=lambda item: item[0])]
 
 
-def _normalised(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _shares(group: ChannelGroup, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The part of a layer's importance that each unit holds, times the number of layers that write the channel.
+
+    Removing a channel of a residual stream takes its part from every block of the stage, not from one layer.
+    """
     shifted = values - min(float(values.min()), 0.0)
-    mean = float(shifted.mean())
-    return shifted / mean if mean > 0 else shifted
+    total = float(shifted.sum())
+    num_layers = sum(member.role == "producer" for member in group.members)
+    return shifted / total * max(num_layers, 1) if total > 0 else shifted
 
 
 def _steps(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Iterator[int]:

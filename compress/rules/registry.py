@@ -15,7 +15,7 @@ class NoRule(Exception):
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen operators by name, all overloads and in-place forms included (``add`` is ``add_`` too)."""
+    """Register a rule for ATen operators by name; all overloads and in-place forms share it (``add`` and ``add_``)."""
 
     def register(function: Rule) -> Rule:
         for name in names:
