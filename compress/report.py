@@ -73,7 +73,7 @@ def write_events(folder: Path, record: RoundRecord, scores: Mapping[str, np.ndar
     with SummaryWriter(str(partial)) as writer:
         for name in ("accuracy", "params", "macs", "latency_seconds"):
             writer.add_scalar(name, getattr(record, name), record.round)
-        for name, value in record.metrics.items():
+        for name, value in record.metrics.items() if len(record.metrics) > 1 else ():  # one metric is the accuracy
             writer.add_scalar(f"metrics/{name}", value, record.round)
         for layer, (left, total) in record.kept.items():
             writer.add_scalar(f"kept/{layer}", left / total, record.round)

@@ -12,13 +12,13 @@ def print_round(record: RoundRecord, dense: RoundRecord, rounds: int) -> None:
     table = Table(title=f"round {record.round} of {rounds}" if record.round else "dense model", title_justify="left")
     for column in ("accuracy", "parameters", "MACs", "latency"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("kept per layer (%)")
+    kept = " ".join(f"{100 * left / total:.0f}" for left, total in record.kept.values())
+    table.caption, table.caption_justify = f"kept per layer (%): {kept}", "left"
     table.add_row(
         f"{record.accuracy:.2%}",
         f"{record.params:,} ({record.params / dense.params:.0%})",
         f"{record.macs:,} ({record.macs / dense.macs:.0%})",
         f"{1e3 * record.latency_seconds:.2f} ms",
-        " ".join(f"{100 * left / total:.0f}" for left, total in record.kept.values()),
     )
     Console().print(table)
 
