@@ -149,7 +149,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     trace = Trace(real=real)
     recorder = _Recorder(trace)
     fake_mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
-    with _untouched(model), ExitStack() as stack:
+    with untouched(model), ExitStack() as stack:
         trace.observations = stack.enter_context(observing())
         _substitute(model, recorder, fake_mode)
         if fake_mode is not None:
@@ -216,11 +216,15 @@ class _Recorder:
             self.refs[tensor] = known
         return known
 
-    def append(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> None:
+    def arguments(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by schema name. To be read before the operator runs: ``squeeze_`` changes its input's shape."""
         arguments: dict[str, Any] = {}
         for position, argument in enumerate(func._schema.arguments):
             value = args[position] if position < len(args) else kwargs.get(argument.name, argument.default_value)
             arguments[argument.name] = self._as_data(value)
+        return arguments
+
+    def append(self, func: Any, arguments: Mapping[str, Any], outputs: Any) -> None:
         results = outputs if isinstance(outputs, list | tuple) else (outputs,)
         tensors = tuple(self.ref(result) for result in results if isinstance(result, Tensor))
         module = self.path[-1] if self.path else ""
@@ -241,9 +245,10 @@ class _DispatchRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        arguments = self.recorder.arguments(func, args, kwargs)
         outputs = func(*args, **kwargs)
         if func.namespace != "prim":
-            self.recorder.append(func, args, kwargs, outputs)
+            self.recorder.append(func, arguments, outputs)
         return outputs
 
 
@@ -291,7 +296,7 @@ def _call(name: str, arguments: Sequence[Any]) -> Call:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever happens inside, the model and the random states are as before afterwards."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]

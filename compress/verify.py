@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compress.plan import PrunePlan
 from compress.surgery import apply, masked_view
-from compress.trace import ExampleInputs, as_arguments
+from compress.trace import ExampleInputs, as_arguments, untouched
 
 SINGLE_TOLERANCE = 1e-4  # of the output's scale: float32 noise stays below it, wrong wiring does not
 DOUBLE_TOLERANCE = 1e-9
@@ -55,12 +55,10 @@ def culprits(parts: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> li
 
 def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     args, kwargs = as_arguments(inputs)
-    was_training = model.training
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    # models may keep something of a run even in evaluation mode, and the twin shares its buffers with the model
+    with torch.no_grad(), untouched(model):
         torch.manual_seed(0)
         outputs: Any = model.eval()(*args, **kwargs)
-    model.train(was_training)
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
