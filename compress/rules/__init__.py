@@ -60,8 +60,7 @@ def _apply(labels: Labels, op: Op) -> None:
     except NoRule as gap:
         _freeze_operator(labels, op, f"operator {op}: {gap}")
         return
-    if function is not factories.factory:
-        _freeze_scalars(labels, op)
+    _freeze_scalars(labels, op)
 
 
 def _find(op: Op) -> Rule | None:

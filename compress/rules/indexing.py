@@ -1,6 +1,7 @@
 """Look-ups: embeddings, gathers and indices. The indexed axis is frozen, the others pass."""
 
 from compress.labels import Labels
+from compress.rules.elementwise import broadcast
 from compress.rules.registry import NoRule, rule
 from compress.trace import Op, TensorRef
 
@@ -21,13 +22,13 @@ def index_select(labels: Labels, op: Op) -> None:
     axes = list(labels[op.tensors[0]])
     axis = op.arguments["dim"] % len(axes)
     labels.freeze(axes[axis], f"operator {op} picks positions along the axis")
-    axes[axis] = labels.fixed(op.outputs[0].shape[axis])
+    axes[axis] = labels[op.arguments["index"]][0]
     labels.set(op.outputs[0], axes)
 
 
 @rule("index")
 def index(labels: Labels, op: Op) -> None:
-    """``x[i, :, j]`` with index tensors: indexed axes are frozen and replaced by the broadcast of the indices."""
+    """``x[i, :, j]`` with index tensors: indexed axes are frozen, and the axes of the indices take their place."""
     source = op.tensors[0]
     axes = labels[source]
     indices = op.arguments["indices"]
@@ -37,15 +38,13 @@ def index(labels: Labels, op: Op) -> None:
     for axis in used:
         labels.freeze(axes[axis], f"operator {op} picks positions along the axis")
     passing = [axis for axis in range(len(axes)) if axis not in used]
-    output = op.outputs[0]
-    new = [labels.fixed(n) for n in output.shape]
-    num_new = len(output.shape) - len(passing)
+    shape = op.outputs[0].shape
+    num_new = len(shape) - len(passing)
     together = used == list(range(used[0], used[-1] + 1))
-    first = used[0] if together else 0
-    positions = [p for p in range(len(output.shape)) if not first <= p < first + num_new]
-    for position, axis in zip(positions, passing, strict=True):
-        new[position] = axes[axis]
-    labels.set(output, new)
+    first = used[0] if together else 0  # where the axes of the indices go
+    new = broadcast(labels, [indices[axis] for axis in used], shape[first : first + num_new], str(op))
+    kept = [axes[axis] for axis in passing]
+    labels.set(op.outputs[0], [*kept[:first], *new, *kept[first:]])
 
 
 @rule("gather", "scatter", "scatter_add", "index_add", "index_copy", "index_fill")
