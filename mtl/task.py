@@ -29,6 +29,7 @@ class Task:
         ValueError: for a bad name, and where no metric is given for a loss that has no default.
 
     Example:
+        >>> from torch import nn
         >>> Task("digit", loss=nn.CrossEntropyLoss()).metric
         MulticlassAccuracy()
     """

@@ -40,8 +40,8 @@ class ImageData:
         validation: carved from the training images; None when none were asked for
         test: never part of the others
         class_names: by class index
-        mean: per channel, on the scale of [0, 1], subtracted from every image
-        std: per channel, what every image is divided by
+        mean: per channel, on the scale of [0, 1], subtracted from every image by ``loader``
+        std: per channel, what every image is divided by then
     """
 
     train: Split

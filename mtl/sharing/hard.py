@@ -19,6 +19,7 @@ class HardShared(nn.Module):
         ValueError: if there is no head.
 
     Example:
+        >>> import torch
         >>> model = HardShared(nn.Linear(64, 32), heads={"digit": nn.Linear(32, 10), "even": nn.Linear(32, 2)})
         >>> {name: tuple(out.shape) for name, out in model(torch.randn(5, 64)).items()}
         {'digit': (5, 10), 'even': (5, 2)}
