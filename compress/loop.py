@@ -18,6 +18,7 @@ from compress.plan import PrunePlan
 from compress.report import CURVE, HISTORY, TABLE, RoundRecord, write_events, write_history
 from compress.rounds import MODEL, Evaluate, PruneOptions, Recipe, Rounds
 from compress.schedule import Schedule
+from compress.seeding import preserved_random_state
 
 RUN, ROUNDS, SMALL = "run.json", "rounds", "small.safetensors"
 
@@ -69,6 +70,7 @@ class RunResult:
         return "\n".join([*lines, self.stopped] if self.stopped else lines)
 
 
+@preserved_random_state()
 def iterate(
     model: nn.Module,
     example_inputs: Any,

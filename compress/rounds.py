@@ -4,11 +4,9 @@ A round starts from what is committed on the disk and from random states that fo
 from what happens to be in memory. A resumed run therefore takes exactly the path of an undisturbed one.
 """
 
-import hashlib
 import inspect
 import json
 import math
-import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +27,7 @@ from compress.plan import PrunePlan
 from compress.pruning import PruneResult, prune
 from compress.report import RoundRecord
 from compress.schedule import Schedule, kept_fraction
+from compress.seeding import seed_everything
 
 MODEL, PLAN, SCORES, KEPT, RECORD = "model.safetensors", "plan.json", "scores.safetensors", "kept.json", "record.json"
 
@@ -164,15 +163,6 @@ class Rounds:
             return 1 - sum(group.num_removed for group in plan.groups) / dense
         name = "latency_seconds" if metric == "latency" else metric
         return getattr(self.record(index), name) / getattr(self.record(0), name)
-
-
-def seed_everything(*key: object) -> int:
-    """Seeds the global generators of Python, NumPy and PyTorch from ``key``, whatever ran before; returns the seed."""
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - what the caller's training may draw from
-    torch.manual_seed(seed)
-    return seed
 
 
 def _read(dense: nn.Module, folder: Path) -> tuple[nn.Module, PrunePlan]:

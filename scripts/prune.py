@@ -13,8 +13,9 @@ from compress.checkpoint import load_state_dict, read_state_dict
 from compress.criteria import needs_activations, resolve
 from compress.loop import RunResult
 from compress.report import RoundRecord
-from compress.rounds import RoundContext, seed_everything
+from compress.rounds import RoundContext
 from compress.schedule import kept_fraction
+from compress.seeding import seed_everything
 from mtl import FitOptions, Task, evaluate, fit
 from mtl.data import ImageData
 from scripts.command import run_command

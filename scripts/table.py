@@ -29,9 +29,8 @@ def print_before_after(result: RunResult) -> None:
     table = Table(title="before / after", title_justify="left")
     for column in ("", "before", "after", "ratio"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row(
-        "accuracy", f"{before.accuracy:.2%}", f"{after.accuracy:.2%}", f"{after.accuracy - before.accuracy:+.2%}"
-    )
+    points = 100 * (after.accuracy - before.accuracy)
+    table.add_row("accuracy", f"{before.accuracy:.2%}", f"{after.accuracy:.2%}", f"{points:+.2f} pp")
     for name, label in (("params", "parameters"), ("macs", "MACs"), ("bytes", "bytes")):
         old, new = getattr(before, name), getattr(after, name)
         table.add_row(label, f"{old:,}", f"{new:,}", f"{new / old:.1%}")
