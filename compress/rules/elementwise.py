@@ -36,7 +36,7 @@ def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int]
 
 
 @rule(
-    "clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "lift_fresh_copy", "view_as_real_copy",
+    "clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "lift_fresh_copy",
     "native_dropout", "bernoulli", "uniform", "normal", "random", "exponential", "zero", "fill", "dropout",
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "_fused_dropout", "positive",
     "cumsum", "cumprod", "flip",
