@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import compress
 import compress.pruning
-from benchmarks.common import Stages, interleaved, parser, skipped, stopwatch, wide_console, write_results
+from benchmarks.common import Stages, Timing, interleaved, parser, skipped, stopwatch, wide_console, write_results
 from scripts.sources import build_model
 
+MODELS = ("torchvision:resnet50", "torchvision:mobilenet_v2", "torchvision:densenet121")
 # stage -> function that compress.prune calls for it; the rest of its time is scoring and selecting: the plan
 STAGES = {"trace": "trace", "apply": "apply", "verify": "agrees", "count": "record"}
 COLUMNS = ("trace", "plan", "apply", "verify", "count", "total")
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit status 0."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = parser(__file__, "pruning time, stage by stage, on one core")
-    flags.add_argument("--models", nargs="+", default=["torchvision:resnet50"], help="SOURCE:NAME, as for prunus prune")
+    flags.add_argument("--models", nargs="+", default=list(MODELS), help="SOURCE:NAME, as for prunus prune")
     flags.add_argument("--image-size", type=int, default=224)
     flags.add_argument("--macs", type=float, default=0.5, help="fraction to keep")
     flags.add_argument("--repeats", type=int, default=5)
@@ -46,29 +47,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(0)
         model = build_model(name, 1000).eval()
         example = torch.randn(1, _image_channels(model), config.image_size, config.image_size)
-        contestants = {"prunus": _prunus(model, example, config.macs)}
+        kept: dict[str, float] = {}
+        contestants = {"prunus": _prunus(model, example, config.macs, kept)}
         if peers:
-            contestants["torch-pruning"] = _torch_pruning(model, example, config.macs)
-        seconds = interleaved(contestants, config.repeats)
-        kept = {contestant: stages.pop("macs_kept") for contestant, stages in seconds.items()}
-        results.append({"model": name, "median_seconds": seconds, "macs_kept": kept})
-        _print(name, seconds, kept)
+            contestants["torch-pruning"] = _torch_pruning(model, example, config.macs, kept)
+        timings = interleaved(contestants, config.repeats)
+        results.append(
+            {
+                "model": name,
+                "median_seconds": {contestant: timing.median for contestant, timing in timings.items()},
+                "first_seconds": {contestant: timing.first for contestant, timing in timings.items()},
+                "macs_kept": kept,
+            }
+        )
+        _print(name, timings, kept)
     settings = {"image_size": config.image_size, "macs": config.macs, "repeats": config.repeats}
     write_results(config.output, arguments, {"settings": settings, "results": results}, ["torch-pruning"])
     return 0
 
 
-def _prunus(model: nn.Module, example: Tensor, fraction: float) -> Callable[[], Stages]:
+def _prunus(model: nn.Module, example: Tensor, fraction: float, kept: dict[str, float]) -> Callable[[], Stages]:
     def run() -> Stages:
         with stopwatch(compress.pruning, STAGES) as seconds:
             result = compress.prune(model, example, budget=compress.Budget(macs=fraction))
         plan = seconds["total"] - sum(seconds[stage] for stage in STAGES)
-        return {**seconds, "plan": plan, "macs_kept": result.after.macs / result.before.macs}
+        kept["prunus"] = result.after.macs / result.before.macs
+        return {**seconds, "plan": plan}
 
     return run
 
 
-def _torch_pruning(model: nn.Module, example: Tensor, fraction: float) -> Callable[[], Stages]:
+def _torch_pruning(model: nn.Module, example: Tensor, fraction: float, kept: dict[str, float]) -> Callable[[], Stages]:
     import torch_pruning
 
     dense = compress.measure(model, example).macs
@@ -85,8 +94,8 @@ def _torch_pruning(model: nn.Module, example: Tensor, fraction: float) -> Callab
                 ignored_layers=[_last_layer(victim)],
             )
             pruner.step()
-        kept = compress.measure(victim, example).macs / dense
-        return {**seconds, "plan + apply": seconds["total"] - seconds["trace"], "macs_kept": kept}
+        kept["torch-pruning"] = compress.measure(victim, example).macs / dense
+        return {**seconds, "plan + apply": seconds["total"] - seconds["trace"]}
 
     return run
 
@@ -99,21 +108,24 @@ def _image_channels(model: nn.Module) -> int:
     return next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
 
 
-def _print(name: str, seconds: dict[str, dict[str, float]], kept: dict[str, float]) -> None:
-    table = Table(title=f"{name}: median seconds on one core", title_justify="left")
+def _print(name: str, timings: dict[str, Timing], kept: dict[str, float]) -> None:
+    table = Table(title=f"{name}: seconds on one core", title_justify="left")
     for column in ("", *COLUMNS, "MACs kept"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for contestant, stages in seconds.items():
+    rows = [(f"{contestant}, median", timing.median) for contestant, timing in timings.items()]
+    rows += [(f"{contestant}, first call", timing.first) for contestant, timing in timings.items()]
+    for label, stages in rows:
         cells = [f"{stages[column]:.3f}" if column in stages else "-" for column in COLUMNS]
         if "plan + apply" in stages:
             cells[1:3] = [f"{stages['plan + apply']:.3f}", "in plan"]
-        table.add_row(contestant, *cells, f"{kept[contestant]:.1%}")
+        table.add_row(label, *cells, f"{kept[label.partition(',')[0]]:.1%}")
     console = wide_console()
     console.print(table)
-    ours = seconds["prunus"]
+    ours = timings["prunus"].median
     unchecked = ours["plan"] + ours["apply"]
     line = f"prunus: plan + apply {unchecked:.3f} s, with verification {unchecked + ours['verify']:.3f} s"
-    if theirs := seconds.get("torch-pruning"):
+    if "torch-pruning" in timings:
+        theirs = timings["torch-pruning"].median
         peer = theirs["plan + apply"]
         line += (
             f"; relative to torch-pruning: trace {ours['trace'] / theirs['trace']:.2f} x, plan + apply "

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -35,20 +36,28 @@ def parser(file: str, claim: str) -> argparse.ArgumentParser:
     return flags
 
 
-def interleaved(contestants: Mapping[str, Callable[[], Stages]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each stage of each contestant; they take turns, so that a machine's drift meets all alike.
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by stage: ``first`` in the first turn, when nothing is cached, ``median`` over the turns after it."""
 
-    A contestant does its work once and returns how long its stages took. The first turn of each is a warm-up and does
-    not count.
+    first: dict[str, float]
+    median: dict[str, float]
+
+
+def interleaved(contestants: Mapping[str, Callable[[], Stages]], repeats: int) -> dict[str, Timing]:
+    """How long the stages of each contestant take; they take turns, so that a machine's drift meets all alike.
+
+    A contestant does its work once and returns how long its stages took.
     """
     runs: dict[str, list[Stages]] = {name: [] for name in contestants}
-    for turn in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, contestant in contestants.items():
             gc.collect()  # nobody pays for the garbage of the one before
-            stages = contestant()
-            if turn > 0:
-                runs[name].append(stages)
-    return {name: {stage: median(run[stage] for run in found) for stage in found[0]} for name, found in runs.items()}
+            runs[name].append(contestant())
+    return {
+        name: Timing(dict(first), {stage: median(run[stage] for run in later) for stage in first})
+        for name, (first, *later) in runs.items()
+    }
 
 
 @contextmanager

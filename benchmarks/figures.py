@@ -1,0 +1,78 @@
+"""The figures in README.md, from the committed results and from nowhere else: ``python benchmarks/figures.py``.
+
+Run it after a benchmark has written new results; a test compares README.md with them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT
+from compress.folder import write_file
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: written by benchmarks/figures.py -->\n", "<!-- end of figures -->\n"
+
+
+def main() -> None:
+    """Write the table into README.md, between its two marks."""
+    text = README.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    new = head + BEGIN + table(RESULTS) + END + tail
+    write_file(README, lambda partial: partial.write_text(new, encoding="utf-8"))
+
+
+def table(results: Path) -> str:
+    """Markdown: a row for each claim whose results are in the folder, and where each was measured."""
+    rows, places = [], []
+    for name, describe in (
+        ("bench_exactness", _exactness),
+        ("bench_trace", _trace),
+        ("bench_prune_cifar", _accuracy),
+    ):
+        path = results / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            rows += [f"| {what} | {figure} | `{found['command']}` |" for what, figure in describe(found)]
+            device = found["device"]
+            place = device["gpu"] or f"{device['cpu']}, threads: {device['threads']}"
+            places.append(f"`{name}`: {place}, PyTorch {found['versions']['torch']}")
+    lines = ["| what | measured | command |", "|---|---|---|", *rows, "", f"Measured on: {'; '.join(places)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _exactness(found: dict[str, Any]) -> list[tuple[str, str]]:
+    examined = [result for result in found["results"] if "exact" in result]
+    passed = sum(not result["failure"] for result in found["results"])
+    error = max(result["max_abs_error"] for result in examined)
+    kept = [result["macs_kept"] for result in examined]
+    what = f"exactness at {found['settings']['macs']:.0%} of the MACs: pruned model against masked twin, float64"
+    figure = f"{passed} of {len(found['results'])} models; largest error {error:.1e}"
+    return [(what, f"{figure}; MACs kept {min(kept):.2%} to {max(kept):.2%}")]
+
+
+def _trace(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for result in found["results"]:
+        ours, theirs = result["median_seconds"]["prunus"], result["median_seconds"].get("torch-pruning")
+        figure = f"{ours['trace']:.2f} s, {ours['plan'] + ours['apply']:.2f} s, {ours['verify']:.2f} s"
+        if theirs:
+            peer = f"Torch-Pruning {found['versions']['torch-pruning']}"
+            figure += f" ({peer}: {theirs['trace']:.2f} s, {theirs['plan + apply']:.2f} s, verifies nothing)"
+        name = result["model"].rpartition(":")[2]
+        rows.append((f"{name} on one core: trace, plan and apply, verify", figure))
+    return rows
+
+
+def _accuracy(found: dict[str, Any]) -> list[tuple[str, str]]:
+    settings, rounds = found["settings"], found["rounds"]
+    what = (
+        f"{settings['model'].rpartition(':')[2]} to {rounds[-1]['macs_kept']:.0%} of the MACs, "
+        f"{settings['rounds']} rounds of {settings['epochs']} epochs"
+    )
+    return [(what, f"{rounds[0]['accuracy']:.2%} -> {rounds[-1]['accuracy']:.2%} test accuracy")]
+
+
+if __name__ == "__main__":
+    main()
