@@ -13,9 +13,10 @@ from compress.counts import Lump
 from compress.errors import PruneError
 from compress.labels import FIXED, Array, Labels, Mark, ParameterAxis
 from compress.provenance import Stored
+from compress.recorder import Trace
 from compress.rules import propagate
 from compress.solve import Lengths, solve
-from compress.trace import ExampleInputs, Trace, record
+from compress.trace import ExampleInputs, record
 
 KERNEL = "kernel size"  # reasons that begin so are about axes that nobody would call channels
 
@@ -182,6 +183,8 @@ class ChannelGraph:
             roles[made] = 1
         for used in self.labels.consumers:
             roles[used] = 2
+        for bias, made in self.labels.followers:
+            roles[bias] = np.where(roles[made] == 2, 2, roles[bias])
         return roles
 
     def _members_on(self, axis: ParameterAxis) -> Iterator[tuple[int, Member]]:

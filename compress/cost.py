@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,7 +16,9 @@ from torch.utils.flop_counter import flop_registry
 
 from compress.channels import ChannelGraph
 from compress.labels import FIXED, Array
-from compress.trace import ExampleInputs, Op, TensorRef, Trace, as_arguments, record
+from compress.recorder import Op, TensorRef, Trace
+from compress.sandbox import untouched
+from compress.trace import ExampleInputs, as_arguments, record
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,15 @@ def latency(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 1
 def latencies(models: Sequence[nn.Module], example_inputs: ExampleInputs, *, repeats: int = 15) -> list[float]:
     """Median seconds of each model, measured in turn (A B A B ...), so that a machine's drift meets all alike."""
     args, kwargs = as_arguments(example_inputs)
-    modes = [model.training for model in models]
     times: list[list[float]] = [[] for _ in models]
-    try:
-        with torch.inference_mode():
-            for model in models:
-                model.eval()
-                model(*args, **kwargs)
-            for _ in range(repeats):
-                for model, seconds in zip(models, times, strict=True):
-                    seconds.append(_timed(model, args, kwargs))
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
+    with ExitStack() as stack, torch.inference_mode():
+        for model in models:
+            stack.enter_context(untouched(model))
+            model.eval()
+            model(*args, **kwargs)
+        for _ in range(repeats):
+            for model, seconds in zip(models, times, strict=True):
+                seconds.append(_timed(model, args, kwargs))
     return [median(seconds) for seconds in times]
 
 

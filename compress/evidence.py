@@ -15,8 +15,10 @@ from compress.calibration import Calibration, batches
 from compress.channels import ChannelGraph, ChannelGroup, Member
 from compress.errors import CalibrationError, PruneError
 from compress.labels import FIXED, Array, Labels, Read
+from compress.recorder import Trace
 from compress.rules import propagate
-from compress.trace import ExampleInputs, Trace, as_arguments, record
+from compress.sandbox import untouched
+from compress.trace import ExampleInputs, as_arguments, record
 
 Values = npt.NDArray[np.float64]
 
@@ -90,16 +92,13 @@ def collect_activations(model: nn.Module, graph: ChannelGraph, calibration: Cali
     magnitude, nonzero, reads = np.zeros(number), np.zeros(number), np.zeros(number, dtype=np.int64)
     sums: dict[tuple[str, int], _ReadSums] = {}
     observers: dict[Any, _Observer] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with untouched(model):
+        model.eval()
         for index, (inputs, _) in enumerate(batches(calibration, model)):
             shapes = tuple(leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
             if shapes not in observers:  # operators may decompose differently at another size: trace each once
                 observers[shapes] = _observer(model, inputs, sums)
             observers[shapes].run(model, inputs, index)
-    finally:
-        model.train(was_training)
     for read in sums.values():
         known = (read.labels != FIXED) & (read.labels < number)
         np.add.at(magnitude, read.labels[known], (read.magnitude / read.count)[known])

@@ -7,14 +7,14 @@ here; :mod:`compress.channels` solves them all at once.
 Label 0 (:data:`FIXED`) marks an element that cannot be removed: batch and spatial axes, axes of length one, constants.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from compress.provenance import AxisSize, Expression, Stored
-from compress.trace import Op, TensorRef
+from compress.recorder import Op, TensorRef
 
 Array = npt.NDArray[np.int64]
 FIXED = 0
@@ -77,10 +77,36 @@ class Product:
     axes: tuple[Array, ...]
 
 
-class Labels:
-    """All labels of one trace. Rules call the methods below; nothing else changes the tables."""
+@dataclass(frozen=True)
+class Split:
+    """An axis was split, and its labels put on the new axis ``chosen`` of ``lengths``; ``choices`` could have been.
 
-    def __init__(self, parameters: Iterable[tuple[str, TensorRef]]) -> None:
+    ``place`` names the decision: the module, the old length, the new lengths. What a module splits alike it must
+    decide alike, as queries, keys and values meet later.
+    """
+
+    place: tuple[str, int, tuple[int, ...]]
+    chosen: int
+    choices: tuple[int, ...]
+    merged: Array
+    labels: Array
+
+
+class Labels:
+    """All labels of one trace. Rules call the methods below; nothing else changes the tables.
+
+    ``decisions`` overrides where the labels of a split axis go, by the split's place.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, TensorRef]],
+        decisions: Mapping[tuple[str, int, tuple[int, ...]], int] | None = None,
+    ) -> None:
+        self.decisions = dict(decisions or {})
+        self.splits: list[Split] = []
+        self.contracted: list[Array] = []
+        self.followers: list[tuple[Array, Array]] = []
         self.axes: list[ParameterAxis] = []
         self.links: list[tuple[Array, Array]] = []
         self.frozen: list[Mark] = []
@@ -208,6 +234,16 @@ class Labels:
     def consume(self, labels: Array) -> None:
         """Weight slices through which a channel influences anything else."""
         self.consumers.append(labels)
+
+    def contract(self, labels: Array) -> None:
+        """Channels that two activations are contracted over (q k^T): they end where the first of them is made."""
+        self.contracted.append(labels)
+        self.consume(labels)
+
+    def follow(self, bias: Array, made: Array, why: str) -> None:
+        """A bias joins the rows that it is added to: it has the role that they have."""
+        self.link(bias, made, why)
+        self.followers.append((bias, made))
 
     def read(self, op: Op, argument: str, axis: int, labels: Array) -> None:
         """Note where channels are used, for criteria that look at activations."""

@@ -8,7 +8,7 @@ computed inside PyTorch from shapes (``flatten``, ``linear``): it follows the sh
 from collections.abc import Sequence
 
 from compress.provenance import Expression, expression_of
-from compress.trace import Op
+from compress.recorder import Op
 
 
 def origin(op: Op, argument: str) -> Expression | None:

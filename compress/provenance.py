@@ -167,6 +167,8 @@ def _arithmetic(symbol: str, method: str, reflected: bool) -> Callable[[TracedIn
 
     def apply(self: TracedInt, other: Any) -> Any:
         result = plain(self, other)
+        if isinstance(other, float):
+            _note_value_use(self, "combined with a float")
         if not isinstance(other, int) or isinstance(other, bool) or result is NotImplemented:
             return result
         pair = (expression_of(other), self.expression) if reflected else (self.expression, expression_of(other))
@@ -180,7 +182,7 @@ def _value_arithmetic(method: str) -> Callable[[TracedInt, Any], Any]:
 
     def apply(self: TracedInt, other: Any) -> Any:
         result = plain(self, other)
-        if result is not NotImplemented:
+        if result is not NotImplemented or isinstance(other, float):  # a float takes over without asking __float__
             _note_value_use(self, method.strip("_"))
         return result
 

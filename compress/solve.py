@@ -54,7 +54,7 @@ class Solution:
 
 def solve(labels: Labels, stored: Mapping[Stored, int], extra: Sequence[Mark] = ()) -> Solution:
     """Components, groups and lumps; ``extra`` marks are frozen as well."""
-    component = _components(labels)
+    component = components(labels)
     marks = [*labels.frozen, *extra]
     mixing = _first_mark(component, labels.mixed)
     arrays = _all_axes(labels)
@@ -72,7 +72,8 @@ def solve(labels: Labels, stored: Mapping[Stored, int], extra: Sequence[Mark] = 
         marks = [*marks, *refused]
 
 
-def _components(labels: Labels) -> Array:
+def components(labels: Labels) -> Array:
+    """The component of each label under the collected equalities, shape (labels,)."""
     if not labels.links:
         return np.arange(labels.num_labels, dtype=np.int64)
     left = np.concatenate([a for a, _ in labels.links])

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compress.plan import PrunePlan
+from compress.sandbox import untouched
 from compress.surgery import apply, masked_view
-from compress.trace import ExampleInputs, as_arguments, untouched
+from compress.trace import ExampleInputs, as_arguments
 
 SINGLE_TOLERANCE = 1e-4  # of the output's scale: float32 noise stays below it, wrong wiring does not
 DOUBLE_TOLERANCE = 1e-9

@@ -15,7 +15,9 @@ import torch
 
 from compress.labels import Labels
 from compress.provenance import AxisSize, SizeComparison, Stored, TracedInt, leaves
+from compress.recorder import Op, Trace
 from compress.rules import (  # noqa: F401  (importing a family registers its rules)
+    attention,
     convolution,
     elementwise,
     factories,
@@ -26,16 +28,32 @@ from compress.rules import (  # noqa: F401  (importing a family registers its ru
     reductions,
     shape,
 )
+from compress.rules.decisions import Place, revised
 from compress.rules.elementwise import pointwise
 from compress.rules.registry import RULES, NoRule, Rule, base_name, rule
-from compress.trace import Op, Trace
 
 __all__ = ["NoRule", "propagate", "rule"]
 
 
 def propagate(trace: Trace) -> Labels:
-    """Labels for every axis of every tensor of ``trace``, with all equalities, in one walk over its operators."""
-    labels = Labels(trace.parameters.items())
+    """Labels for every axis of every tensor of ``trace``, with all equalities.
+
+    One walk over the operators; where an axis was split and the labels were put where they cannot be used, another.
+    """
+    labels = _walk(trace, {})
+    for _ in range(MAX_REVISIONS):
+        decisions = revised(labels)
+        if not decisions:
+            break
+        labels = _walk(trace, {**labels.decisions, **decisions})
+    return labels
+
+
+MAX_REVISIONS = 3
+
+
+def _walk(trace: Trace, decisions: dict[Place, int]) -> Labels:
+    labels = Labels(trace.parameters.items(), decisions)
     for run, in_training in ((trace.evaluation, False), (trace.training, True)):
         labels.in_training = in_training
         for op in run:

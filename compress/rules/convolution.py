@@ -9,8 +9,8 @@ import numpy as np
 
 from compress.labels import FIXED, Array, Labels
 from compress.origins import origin
+from compress.recorder import Op, TensorRef
 from compress.rules.registry import NoRule, rule
-from compress.trace import Op, TensorRef
 
 
 @rule("convolution", "convolution_overrideable", "cudnn_convolution", "mkldnn_convolution", "_convolution")
@@ -38,7 +38,7 @@ def convolution(labels: Labels, op: Op) -> None:
     labels.read(op, "input" if "input" in op.arguments else "self", 1, axes[1])
     bias = op.arguments.get("bias")
     if isinstance(bias, TensorRef):
-        labels.link(labels[bias][0], result, str(op))
+        labels.follow(labels[bias][0], result, str(op))
     output = op.outputs[0]
     labels.set(output, [axes[0], result, *(labels.fixed(n) for n in output.shape[2:])])
     positions = math.prod(source.shape[2:] if transposed else output.shape[2:])

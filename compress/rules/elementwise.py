@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from compress.labels import Array, Labels
+from compress.recorder import Op, TensorRef
 from compress.rules.registry import NoRule, rule
-from compress.trace import Op, TensorRef
 
 
 @rule("where", "copy", "addcmul", "addcdiv", "masked_fill", "lerp", "threshold_backward", "_prelu_kernel")

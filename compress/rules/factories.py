@@ -2,8 +2,8 @@
 
 from compress.labels import Labels
 from compress.origins import origins
+from compress.recorder import Op
 from compress.rules.registry import rule
-from compress.trace import Op
 
 
 @rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",

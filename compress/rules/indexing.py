@@ -1,9 +1,9 @@
 """Look-ups: embeddings, gathers and indices. The indexed axis is frozen, the others pass."""
 
 from compress.labels import Labels
+from compress.recorder import Op, TensorRef
 from compress.rules.elementwise import broadcast
 from compress.rules.registry import NoRule, rule
-from compress.trace import Op, TensorRef
 
 
 @rule("embedding")

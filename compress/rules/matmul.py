@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from compress.labels import Array, Labels
+from compress.recorder import Op, TensorRef
 from compress.rules.registry import NoRule, rule
-from compress.trace import Op, TensorRef
 
 
 @rule("mm", "mv", "dot", "vdot", "bmm")
@@ -24,7 +24,7 @@ def product_plus(labels: Labels, op: Op) -> None:
     result = labels[op.outputs[0]]
     for axis, bias_labels in zip(result[::-1], labels[bias][::-1], strict=False):
         if len(axis) == len(bias_labels):
-            labels.link(axis, bias_labels, str(op))
+            labels.follow(bias_labels, axis, str(op))
 
 
 def _contract(labels: Labels, op: Op, left: TensorRef, right: TensorRef) -> None:
@@ -51,7 +51,7 @@ def _roles(labels: Labels, op: Op, sides: Sequence[tuple[TensorRef, Array, list[
     weights = [labels.is_weight(ref) for ref, _, _ in sides]
     names = [name for name, value in op.arguments.items() if isinstance(value, TensorRef)][-2:]
     if not any(weights):
-        labels.consume(sides[0][1])
+        labels.contract(sides[0][1])
         return
     for position, (ref, inner, outer) in enumerate(sides):
         if not weights[position]:

@@ -2,8 +2,8 @@
 
 from compress.labels import Labels
 from compress.origins import origin, origins
+from compress.recorder import Op, TensorRef
 from compress.rules.registry import NoRule, rule
-from compress.trace import Op, TensorRef
 
 
 @rule(

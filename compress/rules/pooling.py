@@ -1,8 +1,8 @@
 """Pooling and resizing: they slide along the spatial axes and leave batch and channels alone."""
 
 from compress.labels import Labels
+from compress.recorder import Op
 from compress.rules.registry import NoRule, rule
-from compress.trace import Op
 
 # operator -> number of spatial axes, which are the last ones
 SPATIAL_AXES = {

@@ -1,9 +1,9 @@
 """Reductions and operators that mix the elements along an axis."""
 
 from compress.labels import Labels
+from compress.recorder import Op
 from compress.rules.elementwise import pointwise
 from compress.rules.registry import base_name, rule
-from compress.trace import Op
 
 
 @rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod", "logsumexp", "linalg_vector_norm",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from compress.labels import Labels
-from compress.trace import Op
+from compress.recorder import Op
 
 Rule = Callable[[Labels, Op], None]
 

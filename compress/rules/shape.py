@@ -7,9 +7,9 @@ import numpy as np
 from compress.labels import FIXED, Array, Labels
 from compress.origins import origin, origins
 from compress.provenance import Computed, Expression
+from compress.recorder import Op
 from compress.rules import views
 from compress.rules.registry import NoRule, rule
-from compress.trace import Op
 
 
 @rule("permute", "permute_copy")

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.labels import FIXED, Array, Labels
+from compress.labels import FIXED, Array, Labels, Split
 from compress.origins import origins
 from compress.provenance import Expression
+from compress.recorder import Op
 from compress.rules.registry import NoRule, rule
-from compress.trace import Op
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
@@ -27,20 +27,26 @@ def view(labels: Labels, op: Op) -> None:
     if output.dtype != source.dtype:
         raise NoRule("a view as another dtype")
     sizes = origins(op, "size")
-    labels.set(output, regroup(labels, labels[source], output.shape, sizes, str(op)))
+    labels.set(output, regroup(labels, labels[source], output.shape, sizes, str(op), op.module))
     for size, axis in zip(sizes, labels[output], strict=True):
         labels.equate(size, axis, str(op))
 
 
 def regroup(
-    labels: Labels, axes: Sequence[Array], shape: Sequence[int], sizes: Sequence[Expression | None], why: str
+    labels: Labels,
+    axes: Sequence[Array],
+    shape: Sequence[int],
+    sizes: Sequence[Expression | None],
+    why: str,
+    module: str = "",
 ) -> list[Array]:
     """Labels of the axes of ``shape`` after reshaping a tensor whose axes carry ``axes``."""
     result = [labels.fixed(n) for n in shape]
     for old, new in pieces([len(axis) for axis in axes], shape):
         merged = _merge(labels, [axes[i] for i in old], why)
-        for position, split in zip(new, _split(labels, merged, [(shape[i], sizes[i]) for i in new], why), strict=True):
-            result[position] = split
+        parts = _split(labels, merged, [(shape[i], sizes[i]) for i in new], why, module)
+        for position, part in zip(new, parts, strict=True):
+            result[position] = part
     return result
 
 
@@ -82,7 +88,9 @@ def _merge(labels: Labels, axes: Sequence[Array], why: str) -> Array:
     return np.broadcast_to(axes[kept].reshape(position), lengths).reshape(-1)
 
 
-def _split(labels: Labels, merged: Array, new: Sequence[tuple[int, Expression | None]], why: str) -> list[Array]:
+def _split(
+    labels: Labels, merged: Array, new: Sequence[tuple[int, Expression | None]], why: str, module: str
+) -> list[Array]:
     lengths = [length for length, _ in new]
     result = [labels.fixed(length) for length in lengths]
     if len(new) == 1:
@@ -96,11 +104,14 @@ def _split(labels: Labels, merged: Array, new: Sequence[tuple[int, Expression | 
         result[free[0]] = rows[free[0]][0]
         return result
     # a literal length cannot follow; of the others the longest links the fewest elements to each other
-    chosen = max(range(len(new)), key=lambda axis: (not isinstance(new[axis][1], int), lengths[axis]))
+    able = tuple(axis for axis in range(len(new)) if not isinstance(new[axis][1], int) and lengths[axis] > 1)
+    place = (module, len(merged), tuple(lengths))
+    chosen = labels.decisions.get(place, max(able or range(len(new)), key=lambda axis: lengths[axis]))
     table = rows[chosen]
     for row in table[1:]:
         labels.link(table[0], row, f"{why}: splits an axis")
     result[chosen] = table.max(axis=0)
+    labels.splits.append(Split(place, chosen, able, merged, result[chosen]))
     return result
 
 

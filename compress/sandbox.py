@@ -1,0 +1,114 @@
+"""Let a model run in a way that leaves no trace in it: stand-ins for its tensors and integers, everything put back."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from compress.provenance import Stored, traced_integers
+from compress.recorder import Recorder
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, the model and the random states are as before afterwards."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    registered = [(dict(module._parameters), dict(module._buffers)) for module in modules]
+    data = {id(b): (b, b.detach().clone()) for b in model.buffers() if not b.is_meta}
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global state is what is kept)
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            for module, before, (parameters, buffers) in zip(modules, attributes, registered, strict=True):
+                vars(module).clear()
+                vars(module).update(before)
+                _refill(module._parameters, parameters)
+                _refill(module._buffers, buffers)
+            with torch.no_grad():
+                for buffer, value in data.values():
+                    if buffer.numel() and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def _refill(slots: dict[str, Any], values: dict[str, Any]) -> None:
+    slots.clear()
+    slots.update(values)
+
+
+@contextmanager
+def visible_operators() -> Iterator[None]:
+    """Turn off the fused path of attention, and let functions of ``torch.nn.functional`` run their bodies.
+
+    Those ask ``has_torch_function`` first and would otherwise reach the mode as one opaque call, which hides the
+    integers that, say, ``multi_head_attention_forward`` reshapes with.
+    """
+    names = [name for name in vars(F) if name.startswith("has_torch_function")]
+    before = {name: getattr(F, name) for name in names}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for name in names:
+        setattr(F, name, lambda *_: False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for name, function in before.items():
+            setattr(F, name, function)
+
+
+def substitute(model: nn.Module, recorder: Recorder, fake_mode: FakeTensorMode | None) -> None:
+    """Put fake tensors and traced integers in the place of the model's own, and name every tensor once."""
+    stand_ins: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for slots in (module._parameters, module._buffers):
+            for slot, tensor in slots.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in stand_ins:
+                    fake = tensor if fake_mode is None else fake_mode.from_tensor(tensor, static_shapes=True)
+                    stand_ins[id(tensor)] = fake
+                    name = f"{prefix}.{slot}" if prefix else slot
+                    recorder.trace.parameters[name] = recorder.ref(fake)
+                    if slots is module._buffers:
+                        recorder.trace.buffers.add(name)
+                slots[slot] = stand_ins[id(tensor)]
+    for prefix, module in model.named_modules():
+        for name, value in list(vars(module).items()):
+            if name in _MODULE_INTERNALS:
+                continue
+            if type(value) in (int, list, tuple, dict):
+                vars(module)[name] = _stand_in(traced_integers(value, Stored(prefix, name)), stand_ins)
+                recorder.trace.stored.update(_stored_values(value, Stored(prefix, name)))
+
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
+
+
+def _stand_in(value: Any, stand_ins: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):  # recurrent layers keep their parameters in a list as well
+        return stand_ins.get(id(value), value)
+    if type(value) in (list, tuple):
+        return type(value)(_stand_in(item, stand_ins) for item in value)
+    return value
+
+
+def _stored_values(value: Any, leaf: Stored) -> dict[Stored, int]:
+    if type(value) is int:
+        return {leaf: value}
+    items = enumerate(value) if type(value) in (list, tuple) else value.items() if type(value) is dict else ()
+    found: dict[Stored, int] = {}
+    for key, item in items:
+        if isinstance(key, int | str):
+            found.update(_stored_values(item, Stored(leaf.module, leaf.name, (*leaf.path, key))))
+    return found
