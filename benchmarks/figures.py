@@ -57,7 +57,8 @@ def _trace(found: dict[str, Any]) -> list[tuple[str, str]]:
     for result in found["results"]:
         ours, theirs = result["median_seconds"]["prunus"], result["median_seconds"].get("torch-pruning")
         first = result["first_seconds"]["prunus"]["trace"]
-        figure = f"{ours['trace']:.2f} s (first call {first:.2f} s), {ours['plan'] + ours['apply']:.2f} s, {ours['verify']:.2f} s"
+        figure = f"{ours['trace']:.2f} s (first call {first:.2f} s), "
+        figure += f"{ours['plan'] + ours['apply']:.2f} s, {ours['verify']:.2f} s"
         if theirs:
             peer = f"Torch-Pruning {found['versions']['torch-pruning']}"
             figure += f" ({peer}: {theirs['trace']:.2f} s, {theirs['plan + apply']:.2f} s, verifies nothing)"
