@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from compress.calibration import Calibration, batches
+from compress.sandbox import untouched
 from compress.trace import as_arguments
 
 _NORM = nn.modules.batchnorm._BatchNorm
@@ -20,20 +21,16 @@ def reestimate_batch_norm(model: nn.Module, calibration: Calibration) -> None:
     ]
     if not norms:
         return
-    was_training = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average over all batches
-        norm.train()
-    try:
-        with torch.no_grad():
-            for inputs, _ in batches(calibration, model):
-                args, kwargs = as_arguments(inputs)
-                model(*args, **kwargs)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in was_training.items():
-            module.training = mode
+    with torch.no_grad(), untouched(model):  # everything but the statistics stays as it was
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative average over all batches
+            norm.train()
+        for inputs, _ in batches(calibration, model):
+            args, kwargs = as_arguments(inputs)
+            model(*args, **kwargs)
+        found = [{name: value.clone() for name, value in norm.named_buffers(recurse=False)} for norm in norms]
+    for norm, statistics in zip(norms, found, strict=True):
+        for name, value in statistics.items():
+            getattr(norm, name).copy_(value)
