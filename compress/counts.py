@@ -78,6 +78,7 @@ class CountSystem:
         self._current = current
         self._pinned: set[Stored] = set()
         self._varying: set[Stored] = set()
+        self._constant: dict[Expression, int] = {}
         self._quotients: dict[object, Quotient] = {}
         self._rows: dict[frozenset[tuple[Unknown, Fraction]], Linear] = {}
 
@@ -90,18 +91,20 @@ class CountSystem:
         self._varying.update(integers)
 
     def add(self, expression: Expression, count: Linear) -> None:
-        """``expression == count`` must stay true.
+        """``expression == count`` must stay true. What is said first to be constant may be multiplied later.
 
         Raises:
             NotLinear: sizes that can both change are multiplied.
         """
-        divides = isinstance(expression, Computed) and expression.operator == "//" and not count.terms
-        if divides and self._moves(expression.right) and self._moves(expression.left):  # type: ignore[union-attr]
+        stays = isinstance(expression, Computed) and not count.terms
+        if stays and expression.operator == "//" and self._moves(expression.right):  # type: ignore[union-attr]
             # C // heads == head_size, where the head size stays: C == head_size * heads
             product = Computed("*", int(count.constant), expression.right)  # type: ignore[union-attr]
             self._append(self._linear(expression.left).plus(self._linear(product), -1))  # type: ignore[union-attr]
         else:
             self._append(self._linear(expression).plus(count, -1))
+        if stays:
+            self._constant[expression] = int(count.constant)
 
     def balance(self, left: Linear, right: Linear) -> None:
         """Two lengths stay equal."""
@@ -112,6 +115,8 @@ class CountSystem:
             self._rows.setdefault(frozenset(row.terms.items()), row)
 
     def _moves(self, expression: Expression) -> bool:
+        if expression in self._constant:
+            return False
         for leaf in leaves(expression):
             if isinstance(leaf, Stored):
                 if leaf in self._varying and leaf not in self._pinned:
@@ -133,6 +138,8 @@ class CountSystem:
     def _linear(self, expression: Expression) -> Linear:
         if isinstance(expression, int):
             return Linear(Fraction(expression))
+        if expression in self._constant:
+            return Linear(Fraction(self._constant[expression]))
         if isinstance(expression, AxisSize):
             return self._axis(expression)
         if isinstance(expression, Stored):
@@ -161,6 +168,8 @@ class CountSystem:
         raise NotLinear(f"{expression.operator} of two sizes that can both change")
 
     def _held(self, expression: Expression) -> int:
+        if expression in self._constant:
+            return self._constant[expression]
         self._pinned.update(leaf for leaf in leaves(expression) if isinstance(leaf, Stored))
         return self._value(expression)
 

@@ -165,12 +165,13 @@ def _lumps(
     system.pin(held)
     system.vary({e.expression for e, count in counted if isinstance(e.expression, Stored) and count.terms})
     refused: list[Mark] = []
-    for equation, count in counted:
+    for equation, count in sorted(counted, key=lambda pair: len(pair[1].terms)):
         try:
             system.add(equation.expression, count)
         except NotLinear as error:
             involved = [labels.of_axis(leaf) for leaf in leaves(equation.expression) if isinstance(leaf, AxisSize)]
             refused += _mark(np.concatenate([equation.labels, *involved]), f"{equation.why}: {error}")
+            labels.pinned.update(leaf for leaf in leaves(equation.expression) if isinstance(leaf, Stored))
     for balance in labels.balances:
         system.balance(lengths.linear(balance.left), lengths.linear(balance.right))
     return (system.lumps(range(len(sizes))), []) if not refused else ([], refused)
