@@ -91,7 +91,6 @@ def test_of_two_activations_the_first_is_the_consumer() -> None:
     assert roles[("k.weight", 0)] != "consumer"
 
 
-@pytest.mark.xfail(reason="the producing rows of q are masked, its bias is not: the group is given up", strict=True)
 def test_attention_with_bias() -> None:
     result = assert_exact(Attention(bias=True), image(2, 7, 5))
     assert any(member.parameter == "q.bias" for member in result.plan.members())

@@ -12,8 +12,8 @@ from compress.trace import record
 from tests.compress.helpers import Apply, as_double, assert_exact, between, frozen_reasons, image
 
 FAMILIES = (
-    "convolution", "elementwise", "factories", "indexing", "matmul", "normalization", "pooling", "reductions", "shape",
-    "views",
+    "attention", "convolution", "elementwise", "factories", "indexing", "matmul", "normalization", "pooling",
+    "reductions", "shape", "views",
 )  # fmt: skip
 
 # why no model here reaches the rule
@@ -22,6 +22,8 @@ UNREACHED = {
         "convolution_overrideable", "cudnn_convolution", "mkldnn_convolution", "_convolution", "cudnn_batch_norm",
         "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm_with_update",
         "_batch_norm_with_update_functional", "mkldnn_max_pool2d", "_fused_dropout",
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
     },
     "drawn at random for every channel, so that two runs cannot be compared: see test_pooling": {
         "fractional_max_pool2d"
