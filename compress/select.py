@@ -120,7 +120,7 @@ def _closest(
 def _ordered_chunks(
     graph: ChannelGraph, scores: Scores, order: Sequence[Array], savings: Sequence[float], options: SelectOptions
 ) -> list[Chunk]:
-    shares = [_shares(g, values)[ranks] for g, values, ranks in zip(graph.groups, scores, order, strict=True)]
+    losses = [_losses(g, values[ranks]) for g, values, ranks in zip(graph.groups, scores, order, strict=True)]
     keyed: list[tuple[float, Chunk]] = []
     for index, lump in enumerate(graph.lumps):
         available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
@@ -129,7 +129,7 @@ def _ordered_chunks(
             if options.scope == "uniform":
                 key = (taken + times) / available
             else:
-                key = sum(float(shares[g][taken * n : (taken + times) * n].sum()) for g, n in lump.units.items())
+                key = sum(float(losses[g][(taken + times) * n] - losses[g][taken * n]) for g, n in lump.units.items())
                 key /= max(times * savings[index], np.finfo(float).tiny)
             taken += times
             keyed.append((key, Chunk(index, times)))
@@ -137,15 +137,19 @@ def _ordered_chunks(
     return [chunk for _, chunk in sorted(keyed, key=lambda item: item[0])]
 
 
-def _shares(group: ChannelGroup, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The part of a layer's importance that each unit holds, times the number of layers that write the channel.
+def _losses(group: ChannelGroup, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """What is lost when the first k of the sorted ``values`` go, shape (units + 1,): ``-log`` of the part that stays.
 
-    Removing a channel of a residual stream takes its part from every block of the stage, not from one layer.
+    The logarithm makes each further channel of a layer dearer, so that no layer empties while another is untouched.
+    It counts once for each layer that writes the channel: one of a residual stream takes its part from every block.
     """
     shifted = values - min(float(values.min()), 0.0)
     total = float(shifted.sum())
     num_layers = sum(member.role == "producer" for member in group.members)
-    return shifted / total * max(num_layers, 1) if total > 0 else shifted
+    if total <= 0:  # all alike
+        shifted, total = np.ones_like(shifted), float(len(shifted))
+    stays = 1.0 - np.concatenate([[0.0], np.cumsum(shifted)]) / total
+    return -np.log(np.maximum(stays, np.finfo(float).tiny)) * max(num_layers, 1)
 
 
 def _steps(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Iterator[int]:
