@@ -65,3 +65,18 @@ def group_norm(labels: Labels, op: Op) -> None:
     labels.set(op.outputs[0], axes)
     for statistic in op.outputs[1:]:
         labels.set(statistic, [labels.fixed(n) for n in statistic.shape])
+
+
+@rule("_weight_norm_interface")
+def weight_norm(labels: Labels, op: Op) -> None:
+    """v (*), g as long as v along one axis: the weight is v with each slice along that axis scaled to its length in g."""
+    direction, magnitude = op.tensors
+    axes = labels[direction]
+    dim = op.arguments["dim"] % len(axes)
+    for axis, axis_labels in enumerate(axes):
+        if axis != dim:
+            labels.mix(axis_labels, f"operator {op} normalises the weight over the axis")
+    labels.link(axes[dim], labels[magnitude][dim], str(op))
+    weight, length = op.outputs
+    labels.set(weight, axes)
+    labels.set(length, labels[magnitude])

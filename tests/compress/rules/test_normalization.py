@@ -75,6 +75,15 @@ CASES = {
 }
 
 
+def _weight_norm() -> nn.Module:
+    """Every filter of the first layer has a length of its own; the second consumes as usual."""
+    first = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 11, 3))
+    return nn.Sequential(first, nn.ReLU(), nn.Conv2d(11, 5, 1))
+
+
+CASES["weight norm"] = lambda: (_weight_norm(), image())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_removal_equals_masking(name: str) -> None:
     assert_exact(*CASES[name]())
