@@ -32,7 +32,7 @@ def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False) -> nn.Mod
         _replace(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
     else:
         # the copy meets the sliced tensors where the originals were, so those are never copied at full size
-        model = copy.deepcopy(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
+        model = _copied(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
     for value in plan.integers:
         _set_integer(model, value)
     _describe_modules(model)
@@ -56,7 +56,20 @@ def masked_view(model: nn.Module, plan: PrunePlan) -> nn.Module:
         tensor = shared[id(tensors[name])]
         filled = tensor.detach().index_fill(axis, torch.from_numpy(indices).to(tensor.device), 0)
         shared[id(tensors[name])] = nn.Parameter(filled, tensor.requires_grad) if _is_parameter(tensor) else filled
-    return copy.deepcopy(model, shared)  # the copy meets these tensors where the originals were
+    return _copied(model, shared)  # the copy meets these tensors where the originals were
+
+
+def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
+    """A deep copy with the tensors of ``memo`` where those with their keys as id were.
+
+    Tensors that modules computed and kept (a cache, the weight of old-style weight norm) may be part of a graph, which
+    deepcopy refuses: the copy gets their values.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
