@@ -69,7 +69,7 @@ def group_norm(labels: Labels, op: Op) -> None:
 
 @rule("_weight_norm_interface")
 def weight_norm(labels: Labels, op: Op) -> None:
-    """v (*), g as long as v along one axis: the weight is v with each slice along that axis scaled to its length in g."""
+    """v (*), g (v's length along one axis): the weight is v, each of its slices there scaled to the norm in g."""
     direction, magnitude = op.tensors
     axes = labels[direction]
     dim = op.arguments["dim"] % len(axes)
