@@ -104,6 +104,10 @@ def _read(path: Path) -> tuple[PrunePlan, dict[str, str], dict[str, Tensor]]:
     if header.get("version") != str(VERSION):
         raise ArtifactError(f"{str(path)!r} has format version {header.get('version')}, not {VERSION}: upgrade prunus")
     try:
-        return PrunePlan.from_json(header["plan"]), json.loads(header.get("aliases", "{}")), tensors
+        return PrunePlan.from_json(header["plan"]), dict(json.loads(header.get("aliases", "{}"))), tensors
     except PruneError as error:
         raise ArtifactError(f"{str(path)!r}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{str(path)!r} names its shared tensors in no way known ({error}): save it again"
+        ) from error

@@ -7,7 +7,7 @@ here; :mod:`compress.channels` solves them all at once.
 Label 0 (:data:`FIXED`) marks an element that cannot be removed: batch and spatial axes, axes of length one, constants.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ class ParameterAxis:
     axis: int
     start: int
     size: int
+    buffer: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Labels:
         self,
         parameters: Iterable[tuple[str, TensorRef]],
         decisions: Mapping[tuple[str, int, tuple[int, ...]], int] | None = None,
+        buffers: Collection[str] = (),
     ) -> None:
         self.decisions = dict(decisions or {})
         self.splits: list[Split] = []
@@ -123,14 +125,14 @@ class Labels:
         self._of: dict[int, tuple[Array, ...]] = {}
         self._weights: set[int] = set()
         for name, ref in parameters:
-            self._register(name, ref)
+            self._register(name, ref, buffer=name in buffers)
 
-    def _register(self, name: str, ref: TensorRef) -> None:
+    def _register(self, name: str, ref: TensorRef, *, buffer: bool) -> None:
         labels = []
         for axis, size in enumerate(ref.shape):
             array = self.fresh(size)
             if size > 1:
-                self.axes.append(ParameterAxis(name, axis, int(array[0]), size))
+                self.axes.append(ParameterAxis(name, axis, int(array[0]), size, buffer))
             labels.append(array)
         self._of[ref.id] = tuple(labels)
         self._weights.add(ref.id)

@@ -1,5 +1,6 @@
 """Let a model run in a way that leaves no trace in it: stand-ins for its tensors and integers, everything put back."""
 
+import copy
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever happens inside, the model and the random states are as before afterwards."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    registered = [(dict(module._parameters), dict(module._buffers)) for module in modules]
+    # parameters, hooks and caches live in containers that are changed in place
+    containers = [(value, copy.copy(value)) for found in attributes for value in found.values() if _mutable(value)]
     data = {id(b): (b, b.detach().clone()) for b in model.buffers() if not b.is_meta}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global state is what is kept)
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
@@ -30,20 +32,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
-            for module, before, (parameters, buffers) in zip(modules, attributes, registered, strict=True):
+            for module, before in zip(modules, attributes, strict=True):
                 vars(module).clear()
                 vars(module).update(before)
-                _refill(module._parameters, parameters)
-                _refill(module._buffers, buffers)
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
             with torch.no_grad():
                 for buffer, value in data.values():
                     if buffer.numel() and not torch.equal(buffer, value):
                         buffer.copy_(value)
 
 
-def _refill(slots: dict[str, Any], values: dict[str, Any]) -> None:
-    slots.clear()
-    slots.update(values)
+def _mutable(value: object) -> bool:
+    return isinstance(value, dict | list | set)
 
 
 @contextmanager

@@ -110,7 +110,8 @@ def _group(
     num_components = int(component.max()) + 1
     removable = np.zeros(num_components, dtype=bool)
     for axis in labels.axes:
-        removable[component[axis.start : axis.start + axis.size]] = True
+        if not axis.buffer:  # buffers go with parameters, never alone
+            removable[component[axis.start : axis.start + axis.size]] = True
     removable[list(frozen)] = False
     removable[component[FIXED]] = False
     # units are compared through random projections of their counts: two 62-bit hashes never meet by accident

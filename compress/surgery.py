@@ -91,6 +91,16 @@ def _checked_tensors(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
                 f"the plan was made for {name!r} with {size} elements along axis {axis}, here it has shape {shape}: "
                 "apply it to an unpruned instance of the same architecture"
             )
+    for value in plan.integers:
+        try:
+            current = getattr(model.get_submodule(value.module), value.name)
+            for step in value.path:
+                current = current[step]
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            name = f"{value.module}.{value.name}".lstrip(".")
+            raise PruneError(
+                f"the plan changes {name!r}, which the model does not have: is it another class?"
+            ) from error
     return tensors
 
 

@@ -53,7 +53,7 @@ MAX_REVISIONS = 3
 
 
 def _walk(trace: Trace, decisions: dict[Place, int]) -> Labels:
-    labels = Labels(trace.parameters.items(), decisions)
+    labels = Labels(trace.parameters.items(), decisions, trace.buffers)
     for run, in_training in ((trace.evaluation, False), (trace.training, True)):
         labels.in_training = in_training
         for op in run:
