@@ -130,7 +130,8 @@ def _ordered_chunks(
                 key = (taken + times) / available
             else:
                 key = sum(float(losses[g][(taken + times) * n] - losses[g][taken * n]) for g, n in lump.units.items())
-                key /= max(times * savings[index], np.finfo(float).tiny)
+                saved = times * savings[index]
+                key = key / saved if saved > 0 else np.inf  # a head that runs in training only saves nothing: last
             taken += times
             keyed.append((key, Chunk(index, times)))
     # within a lump keys rise, as units are sorted; a stable sort keeps equal ones in order
