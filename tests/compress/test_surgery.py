@@ -131,6 +131,16 @@ def test_an_axis_that_is_missing_is_named() -> None:
     _assert_refused(_model(), plan, r"'0\.bias' with 11 elements along axis 1")
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "path"), [("9", "a", ()), ("0", "b", ()), ("0", "a", (5,)), ("0", "a", ("x",))]
+)
+def test_an_integer_that_is_missing_is_named(module: str, name: str, path: tuple) -> None:
+    model = nn.Sequential(Apply(lambda m, x: x, a=[1]), nn.Linear(3, 2))
+    _assert_refused(
+        model, PrunePlan((), (StoredValue(module, name, path, 2),)), f"the plan changes '{module}.{name}', which"
+    )
+
+
 def test_pruning_twice_with_one_plan_is_refused() -> None:
     plan = _plan()
     _assert_refused(apply(_model(), plan), plan, "apply it to an unpruned instance")
