@@ -20,7 +20,7 @@ from torch import nn
 
 from compress.artifact import load, save
 from compress.budget import Budget
-from compress.cost import latency, measure
+from compress.cost import latencies, latency, measure
 from compress.errors import PruneError
 from compress.folder import commit_folder
 from compress.plan import PrunePlan
@@ -129,13 +129,23 @@ class Rounds:
             round=index,
             accuracy=sum(metrics.values()) / len(metrics),
             **asdict(measure(model, self.example_inputs)),
-            latency_seconds=latency(model, self.example_inputs),
+            latency_seconds=self._latency(model, index),
             target=self.recipe.target(index),
             metrics=metrics,
             kept=json.loads((pruned / KEPT).read_text(encoding="utf-8")),
         )
         commit_folder(self.path(index), lambda partial: _write(partial, model, plan, record, pruned))
         shutil.rmtree(pruned)
+
+    def _latency(self, model: nn.Module, index: int) -> float:
+        """Seconds of a forward pass; of a pruned model, in the seconds of round 0.
+
+        The dense model is timed again in turn with it: their ratio holds also where the machine is busier by now.
+        """
+        if index == 0:
+            return latency(model, self.example_inputs)
+        dense, pruned = latencies([self.model, model], self.example_inputs)
+        return self.record(0).latency_seconds * pruned / dense
 
     def _prune(self, folder: Path, index: int) -> None:
         """Writes the start of a round: what the last round left, cut to what the schedule allows."""

@@ -11,6 +11,7 @@ True
 """
 
 from mtl import data
+from mtl.distillation import Distillation
 from mtl.evaluation import evaluate
 from mtl.history import Epoch, History
 from mtl.options import FitOptions
@@ -19,4 +20,15 @@ from mtl.task import Task
 from mtl.trainer import fit
 from mtl.weighting import Weighting
 
-__all__ = ["Epoch", "FitOptions", "HardShared", "History", "Task", "Weighting", "data", "evaluate", "fit"]
+__all__ = [
+    "Distillation",
+    "Epoch",
+    "FitOptions",
+    "HardShared",
+    "History",
+    "Task",
+    "Weighting",
+    "data",
+    "evaluate",
+    "fit",
+]

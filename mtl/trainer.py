@@ -6,7 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mtl.batch import by_task, call, mode, unpack
 from mtl.board import Board
 from mtl.checkpoint import RunFolder
+from mtl.distillation import Distillation
 from mtl.ema import ModelAverage
 from mtl.evaluation import compute, evaluate
 from mtl.history import Epoch, History
@@ -42,6 +43,7 @@ def fit(
     validation: Iterable[Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
     options: FitOptions | None = None,
+    distillation: Distillation | None = None,
 ) -> History:
     """Train the model in place.
 
@@ -62,6 +64,7 @@ def fit(
         validation: data in the same form, evaluated after each epoch
         folder: of this run only
         options: everything else
+        distillation: a teacher to learn from as well
 
     Returns:
         Loss and metrics of each epoch.
@@ -82,6 +85,8 @@ def fit(
         raise ValueError(f"epochs is {epochs}, but it must be at least 0")
     combine = resolve(weighting, [task.name for task in tasks])
     signature = _signature(model, tasks, combine, options)
+    if distillation is not None:
+        signature["distillation"] = {"weight": distillation.weight, "temperature": distillation.temperature}
     signature |= {"epochs": epochs, "batches": num_steps, "validation": validation is not None}
     store = RunFolder(folder, signature) if folder is not None else None
     saved = store.load() if store is not None else None
@@ -89,8 +94,14 @@ def fit(
     if saved is not None:
         placement = placement.kept(saved["precision"], saved["channels_last"])
 
-    with preserved_rng(), _threads(options.num_threads), placement.applied_to(model), mode(model, training=True):
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng())
+        stack.enter_context(_threads(options.num_threads))
+        for module, training in ((model, True), *([(distillation.teacher, False)] if distillation else [])):
+            stack.enter_context(placement.applied_to(module))
+            stack.enter_context(mode(module, training=training))
         trainer = _Trainer(model, tasks, combine, options, placement, num_steps * epochs)
+        trainer.distillation = distillation
         history = History()
         if saved is not None:
             trainer.load_state_dict(saved["trainer"])
@@ -131,6 +142,7 @@ class _Trainer:
         self.optimizer = build_optimizer(model, self.combine, options)
         self.scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.precision == "fp16")
         self.average = ModelAverage(model, options.ema_decay) if options.ema_decay is not None else None
+        self.distillation: Distillation | None = None
         self.total_steps = total_steps
         self.step = 0
 
@@ -175,8 +187,11 @@ class _Trainer:
             group["lr"] = lr
         with self.placement.autocast():
             values = call(self.model, inputs)
+            taught = self.distillation.outputs(inputs, self.tasks) if self.distillation is not None else {}
         outputs = by_task(values, self.tasks, "output of the model")
         losses = {name: loss(outputs[name], targets[name]) for name, loss in self.losses.items()}
+        if self.distillation is not None:
+            losses = self.distillation.mixed(losses, outputs, taught, self.tasks)
         self.optimizer.zero_grad()
         self.scaler.scale(self.combine(losses)).backward()
         if self.options.max_grad_norm is not None:
