@@ -247,7 +247,8 @@ def _of_their_kind(graph: ChannelGraph, lumps: Sequence[int]) -> list[Any]:
 def _kind(graph: ChannelGraph, group: int) -> tuple[tuple[str, int, str], ...]:
     found = graph.groups[group]
     names = {(".".join(p for p in m.parameter.split(".") if not p.isdigit()), m.axis, m.role) for m in found.members}
-    return tuple(sorted(names))
+    # names that are numbers alone (layers of a Sequential) say nothing about kind: such a group is of its own
+    return (*sorted(names), *([("", group, "")] if any("." not in name for name, _, _ in names) else []))
 
 
 def _kept(graph: ChannelGraph, plan: PrunePlan) -> dict[str, tuple[int, int]]:

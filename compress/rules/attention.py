@@ -16,7 +16,7 @@ from compress.rules.registry import NoRule, rule
 @rule(
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
 )  # fmt: skip
 def attention(labels: Labels, op: Op) -> None:
     """Heads meet, queries and keys are contracted over D, scores and values over S."""

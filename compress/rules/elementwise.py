@@ -36,10 +36,9 @@ def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int]
 
 
 @rule(
-    "clone", "detach", "alias", "contiguous", "_to_copy", "to", "lift_fresh", "lift_fresh_copy",
-    "native_dropout", "bernoulli", "uniform", "normal", "random", "exponential", "zero", "fill", "dropout",
-    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "_fused_dropout", "positive",
-    "cumsum", "cumprod", "flip",
+    "clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "native_dropout", "_fused_dropout",
+    "bernoulli", "uniform", "normal", "random", "exponential", "zero", "fill", "cumsum", "cumprod", "flip",
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
 )  # fmt: skip
 def same_shape(labels: Labels, op: Op) -> None:
     """Results of the shape of the first tensor, whose length along each axis follows it."""

@@ -8,7 +8,7 @@ from compress.rules.registry import NoRule, rule
 
 @rule(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm_with_update", "miopen_batch_norm",
+    "_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm",
     "_native_batch_norm_legit_functional", "_batch_norm_with_update_functional",
 )  # fmt: skip
 def batch_norm(labels: Labels, op: Op) -> None:
@@ -25,7 +25,7 @@ def batch_norm(labels: Labels, op: Op) -> None:
                    else [labels.fixed(n) for n in statistic.shape])  # fmt: skip
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(labels: Labels, op: Op) -> None:
     """x (*, normalized_shape): statistics over the last axes, so that removing a channel changes the others' values."""
     source = op.tensors[0]

@@ -6,11 +6,11 @@ from compress.rules.registry import NoRule, rule
 
 # operator -> number of spatial axes, which are the last ones
 SPATIAL_AXES = {
-    "max_pool1d_with_indices": 1, "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3,
-    "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3, "mkldnn_max_pool2d": 2, "fractional_max_pool2d": 2,
+    "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3,
+    "mkldnn_max_pool2d": 2, "fractional_max_pool2d": 2,
     "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3,
     "adaptive_avg_pool1d": 1, "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3,
-    "adaptive_max_pool1d": 1, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3,
+    "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3,
     "upsample_nearest1d": 1, "upsample_nearest2d": 2, "upsample_nearest3d": 3,
     "_upsample_nearest_exact1d": 1, "_upsample_nearest_exact2d": 2, "_upsample_nearest_exact3d": 3,
     "upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3,

@@ -9,7 +9,7 @@ from compress.origins import origin, origins
 from compress.provenance import Computed, Expression
 from compress.recorder import Op
 from compress.rules import views
-from compress.rules.registry import NoRule, rule
+from compress.rules.registry import rule
 
 
 @rule("permute", "permute_copy")
@@ -19,7 +19,7 @@ def permute(labels: Labels, op: Op) -> None:
     labels.set(op.outputs[0], [axes[dim] for dim in op.arguments["dims"]])
 
 
-@rule("transpose", "transpose_copy", "t", "numpy_T", "swapaxes")
+@rule("transpose", "transpose_copy", "t")
 def transpose(labels: Labels, op: Op) -> None:
     """Two axes change places; ``t`` swaps the axes of a matrix."""
     axes = list(labels[op.tensors[0]])
@@ -36,7 +36,7 @@ def squeeze(labels: Labels, op: Op) -> None:
     labels.set(output, views.regroup(labels, labels[op.tensors[0]], output.shape, [None] * len(output.shape), str(op)))
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat")
 def cat(labels: Labels, op: Op) -> None:
     """Labels join along the axis; along the others they meet."""
     output = op.outputs[0]
@@ -112,8 +112,8 @@ def select(labels: Labels, op: Op) -> None:
         labels.set(output, axes)
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "split_copy",
-      "split_with_sizes_copy", "tensor_split")  # fmt: skip
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "split_copy",
+      "split_with_sizes_copy")  # fmt: skip
 def split(labels: Labels, op: Op) -> None:
     """Consecutive ranges of one axis: of given lengths, or all equal."""
     axes = list(labels[op.tensors[0]])
@@ -145,11 +145,9 @@ def _keep_equal(labels: Labels, op: Op, ranges: Sequence[Array]) -> None:
         labels.same_length(ranges[0], part, str(op))
 
 
-@rule("constant_pad_nd", "pad")
+@rule("constant_pad_nd")
 def pad(labels: Labels, op: Op) -> None:
     """New elements before and after each axis, from the last backwards; their number must follow what is removed."""
-    if op.func._schema.name == "aten::pad" and op.arguments["mode"] != "constant":
-        raise NoRule(f"padding mode {op.arguments['mode']}")
     axes = list(labels[op.tensors[0]])
     amounts, sizes = op.arguments["pad"], origins(op, "pad")
     for pair in range(len(amounts) // 2):
@@ -177,7 +175,7 @@ def roll(labels: Labels, op: Op) -> None:
     labels.set(op.outputs[0], axes)
 
 
-@rule("repeat", "tile")
+@rule("repeat")
 def repeat(labels: Labels, op: Op) -> None:
     """The whole tensor several times along an axis: every copy carries the same labels."""
     output = op.outputs[0]

@@ -18,7 +18,7 @@ from compress.recorder import Op
 from compress.rules.registry import NoRule, rule
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy")
+@rule("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy")
 def view(labels: Labels, op: Op) -> None:
     """Merge and split axes; the integers of the new shape must follow what is removed."""
     source, output = op.tensors[0], op.outputs[0]
@@ -115,7 +115,7 @@ def _split(
     return result
 
 
-@rule("expand", "broadcast_to", "expand_copy")
+@rule("expand", "expand_copy")
 def expand(labels: Labels, op: Op) -> None:
     """An axis that is repeated from length one is new: it follows the size that it was given, if that can change."""
     source, output = op.tensors[0], op.outputs[0]

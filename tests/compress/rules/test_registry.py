@@ -20,7 +20,7 @@ FAMILIES = (
 UNREACHED = {
     "another device or backend has this operator; the CPU reaches the same rule by another name": {
         "convolution_overrideable", "cudnn_convolution", "mkldnn_convolution", "_convolution", "cudnn_batch_norm",
-        "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm_with_update",
+        "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update",
         "_batch_norm_with_update_functional", "mkldnn_max_pool2d", "_fused_dropout",
         "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
