@@ -34,6 +34,7 @@ class PruneConfig:
         epochs: of training in each round
         lr: peak learning rate, falling to 0 in each round; default: 0.05
         batch_size: images a step
+        distill: part of the retraining loss that the dense model's outputs have, in [0, 1]; 0 learns from labels alone
         recover: repair each pruned model without training (batch-norm statistics, on training images)
         max_drop: stop at the first round that loses more test accuracy than this fraction, and return the one before
         seed: of everything random
@@ -56,6 +57,7 @@ class PruneConfig:
     epochs: int = 2
     lr: float | None = None
     batch_size: int = 128
+    distill: float = 0.5
     recover: bool = False
     max_drop: float | None = None
     seed: int = 0
@@ -66,6 +68,8 @@ class PruneConfig:
         for name in ("dense_epochs", "rounds", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least 1")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"--distill is {self.distill}, but it must be in [0, 1]: the part that the teacher has")
 
 
 def claim_folder(folder: Path, config: PruneConfig) -> None:

@@ -16,7 +16,7 @@ from compress.report import RoundRecord
 from compress.rounds import RoundContext
 from compress.schedule import kept_fraction
 from compress.seeding import seed_everything
-from mtl import FitOptions, Task, evaluate, fit
+from mtl import Distillation, FitOptions, Task, evaluate, fit
 from mtl.data import ImageData
 from scripts.command import run_command
 from scripts.config import CONFIG_FILE, PruneConfig, claim_folder
@@ -24,6 +24,7 @@ from scripts.sources import build_model, open_data
 from scripts.table import print_before_after, print_round
 
 TASK = Task("class", nn.CrossEntropyLoss())
+TEMPERATURE = 4.0  # of distillation: soft enough to show the teacher's second thoughts (Hinton et al. 2015, section 3)
 CALIBRATION_IMAGES = 1024
 TEST_BATCH_SIZE = 500
 
@@ -57,6 +58,7 @@ def run(config: PruneConfig) -> RunResult:
     claim_folder(folder, config)
     if config.checkpoint is None:
         _train(config, data, model, config.dense_epochs, RoundContext(0, folder / "dense", config.seed))
+    teacher = Distillation(teacher=model, weight=config.distill, temperature=TEMPERATURE) if config.distill else None
     records: list[RoundRecord] = []
 
     def on_round(record: RoundRecord) -> None:
@@ -66,7 +68,7 @@ def run(config: PruneConfig) -> RunResult:
     result = compress.iterate(
         model,
         example,
-        train=lambda pruned, context: _train(config, data, pruned, config.epochs, context),
+        train=lambda pruned, context: _train(config, data, pruned, config.epochs, context, teacher),
         evaluate=lambda pruned: evaluate(pruned, TASK, data.loader("test", batch_size=TEST_BATCH_SIZE))[TASK.name],
         rounds=config.rounds,
         schedule=config.schedule,
@@ -94,10 +96,17 @@ def _model_and_example(config: PruneConfig, data: ImageData) -> tuple[nn.Module,
     return model, example
 
 
-def _train(config: PruneConfig, data: ImageData, model: nn.Module, epochs: int, context: RoundContext) -> None:
+def _train(
+    config: PruneConfig,
+    data: ImageData,
+    model: nn.Module,
+    epochs: int,
+    context: RoundContext,
+    teacher: Distillation | None = None,
+) -> None:
     loader = data.loader("train", batch_size=config.batch_size, seed=context.seed)
     options = FitOptions(lr=config.lr, seed=context.seed, device=str(_device(config.device)))
-    fit(model, TASK, loader, epochs=epochs, folder=context.folder, options=options)
+    fit(model, TASK, loader, epochs=epochs, folder=context.folder, options=options, distillation=teacher)
 
 
 def _device(name: str) -> torch.device:
