@@ -32,7 +32,7 @@ class PruneConfig:
         schedule: one_shot, linear, cubic or exponential
         rounds: of pruning and training
         epochs: of training in each round
-        lr: peak learning rate, falling to 0 in each round; default: 0.05
+        lr: peak learning rate of retraining, falling to 0 in each round (a dense model is trained at 0.05)
         batch_size: images a step
         distill: part of the retraining loss that the dense model's outputs have, in [0, 1]; 0 learns from labels alone
         recover: repair each pruned model without training (batch-norm statistics, on training images)
@@ -55,9 +55,9 @@ class PruneConfig:
     schedule: str = "cubic"
     rounds: int = 3
     epochs: int = 2
-    lr: float | None = None
+    lr: float = 0.02
     batch_size: int = 128
-    distill: float = 0.5
+    distill: float = 0.9
     recover: bool = False
     max_drop: float | None = None
     seed: int = 0

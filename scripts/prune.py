@@ -57,7 +57,7 @@ def run(config: PruneConfig) -> RunResult:
         compress.prune(model, example, seed=config.seed, **options)
     claim_folder(folder, config)
     if config.checkpoint is None:
-        _train(config, data, model, config.dense_epochs, RoundContext(0, folder / "dense", config.seed))
+        _train(config, data, model, RoundContext(0, folder / "dense", config.seed))
     teacher = Distillation(teacher=model, weight=config.distill, temperature=TEMPERATURE) if config.distill else None
     records: list[RoundRecord] = []
 
@@ -68,7 +68,7 @@ def run(config: PruneConfig) -> RunResult:
     result = compress.iterate(
         model,
         example,
-        train=lambda pruned, context: _train(config, data, pruned, config.epochs, context, teacher),
+        train=lambda pruned, context: _train(config, data, pruned, context, teacher),
         evaluate=lambda pruned: evaluate(pruned, TASK, data.loader("test", batch_size=TEST_BATCH_SIZE))[TASK.name],
         rounds=config.rounds,
         schedule=config.schedule,
@@ -97,15 +97,12 @@ def _model_and_example(config: PruneConfig, data: ImageData) -> tuple[nn.Module,
 
 
 def _train(
-    config: PruneConfig,
-    data: ImageData,
-    model: nn.Module,
-    epochs: int,
-    context: RoundContext,
-    teacher: Distillation | None = None,
+    config: PruneConfig, data: ImageData, model: nn.Module, context: RoundContext, teacher: Distillation | None = None
 ) -> None:
+    """A round of retraining, or (round 0) the dense model from scratch."""
     loader = data.loader("train", batch_size=config.batch_size, seed=context.seed)
-    options = FitOptions(lr=config.lr, seed=context.seed, device=str(_device(config.device)))
+    epochs, lr = (config.epochs, config.lr) if context.round > 0 else (config.dense_epochs, None)
+    options = FitOptions(lr=lr, seed=context.seed, device=str(_device(config.device)))
     fit(model, TASK, loader, epochs=epochs, folder=context.folder, options=options, distillation=teacher)
 
 
