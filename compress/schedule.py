@@ -46,8 +46,8 @@ def kept_fraction(schedule: str | Schedule, final: float, round_index: int, roun
     ``(final, progress) -> fraction``. Raises :class:`PruneError` for an unknown name, no rounds, or a function whose
     value is not in (0, 1].
 
-    >>> [kept_fraction("linear", 0.4, index, 3) for index in range(4)]
-    [1.0, 0.8, 0.6, 0.4]
+    >>> [kept_fraction("linear", 0.5, index, 2) for index in range(3)]
+    [1.0, 0.75, 0.5]
     """
     if rounds < 1:
         raise PruneError(f"rounds is {rounds}; at least one round is needed to prune")
