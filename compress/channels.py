@@ -15,6 +15,7 @@ from compress.labels import FIXED, Array, Labels, Mark, ParameterAxis
 from compress.provenance import Stored
 from compress.recorder import Trace
 from compress.rules import propagate
+from compress.sandbox import unwrapped
 from compress.solve import Lengths, solve
 from compress.trace import ExampleInputs, record
 
@@ -229,7 +230,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     >>> [(group.name, group.num_units) for group in graph.groups]
     [('0.weight', 4)]
     """
-    recorded = record(model, example_inputs)
+    recorded = record(unwrapped(model), example_inputs)
     return ChannelGraph(recorded, propagate(recorded))
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from compress.channels import ChannelGraph
 from compress.labels import FIXED, Array
 from compress.recorder import Op, TensorRef, Trace
-from compress.sandbox import untouched
+from compress.sandbox import untouched, unwrapped
 from compress.trace import ExampleInputs, as_arguments, record
 
 
@@ -38,6 +38,7 @@ def measure(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
     >>> measure(nn.Linear(3, 4), torch.zeros(2, 3))
     Cost(params=16, macs=24, bytes=64)
     """
+    model = unwrapped(model)
     return cost_of(model, record(model, example_inputs, training=False))
 
 

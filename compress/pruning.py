@@ -17,6 +17,7 @@ from compress.evidence import ActivationSums, Evidence, Values, collect_activati
 from compress.labels import Array
 from compress.plan import PrunePlan, make_plan
 from compress.recover import reestimate_batch_norm
+from compress.sandbox import unwrapped
 from compress.select import Selection, SelectOptions, select
 from compress.surgery import apply
 from compress.trace import ExampleInputs, record
@@ -91,6 +92,7 @@ def prune(
     >>> result.before.macs, result.after.macs, result.plan.exact
     (192, 96, True)
     """
+    model = unwrapped(model)
     score = resolve(criterion)
     options = SelectOptions(scope, round_to, min_channels, exact_steps=budget.metric != "latency")
     if recover:

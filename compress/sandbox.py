@@ -44,6 +44,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(value)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside ``torch.compile``'s and the data-parallel wrappers'."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def _mutable(value: object) -> bool:
     return isinstance(value, dict | list | set)
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,19 +11,22 @@ from torch import Tensor, nn
 from compress.errors import PruneError
 from compress.labels import Array
 from compress.plan import PrunePlan, StoredValue
+from compress.sandbox import unwrapped
 
 
 def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False) -> nn.Module:
     """Remove what ``plan`` names from ``model``; a copy is pruned unless ``inplace``.
 
     Args:
-        model: the model that the plan was made for, or another instance of its class.
+        model: the model that the plan was made for, or another instance of its class; wrappers of ``torch.compile`` and
+            of data-parallel training are taken off.
         plan: from :func:`compress.prune`, or read from JSON.
         inplace: prune ``model`` itself (its parameters become new objects: give them to the optimiser again).
 
     Raises:
         PruneError: a parameter of the plan is missing or has another size; the model is as before.
     """
+    model = unwrapped(model)
     tensors = _checked_tensors(model, plan)
     removed: dict[str, list[tuple[int, Array]]] = {}
     for (name, axis), indices in plan.removed().items():
@@ -45,18 +49,32 @@ def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
     The consumers' slices of the removed channels are zero. For an exact plan the copy computes what the pruned model
     computes; else (``plan.exact`` is False) statistics taken over the channels still see the removed ones.
     """
-    return copy.deepcopy(masked_view(model, plan))
+    _checked_tensors(unwrapped(model), plan)
+    copied = _copied(unwrapped(model), {})
+    _silence(_checked_tensors(copied, plan), plan)
+    return copied
 
 
-def masked_view(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """As :func:`mask`, sharing with ``model`` every tensor that is not masked: for a look, not for training."""
-    tensors = _checked_tensors(model, plan)
-    shared: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors.values()}
+@contextmanager
+def masked(model: nn.Module, plan: PrunePlan) -> Iterator[None]:
+    """As :func:`mask`, on ``model`` itself for the time of the block: it costs the masked slices in memory, no more."""
+    undo = _silence(_checked_tensors(model, plan), plan)
+    try:
+        yield
+    finally:
+        for tensor, axis, index, values in reversed(undo):
+            tensor.index_copy_(axis, index, values)
+
+
+def _silence(tensors: Mapping[str, Tensor], plan: PrunePlan) -> list[tuple[Tensor, int, Tensor, Tensor]]:
+    """Set the consumers' slices to zero; what brings them back is returned."""
+    undo = []
     for (name, axis), indices in plan.removed(role="consumer").items():
-        tensor = shared[id(tensors[name])]
-        filled = tensor.detach().index_fill(axis, torch.from_numpy(indices).to(tensor.device), 0)
-        shared[id(tensors[name])] = nn.Parameter(filled, tensor.requires_grad) if _is_parameter(tensor) else filled
-    return _copied(model, shared)  # the copy meets these tensors where the originals were
+        tensor = tensors[name].data  # autograd need not know: the values come back, or belong to a copy
+        index = torch.from_numpy(indices).to(tensor.device)
+        undo.append((tensor, axis, index, tensor.index_select(axis, index)))
+        tensor.index_fill_(axis, index, 0)
+    return undo
 
 
 def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:

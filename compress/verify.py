@@ -1,6 +1,5 @@
 """Check a plan by running it: the pruned model must compute what its masked twin computes."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compress.plan import PrunePlan
 from compress.sandbox import untouched
-from compress.surgery import apply, masked_view
+from compress.surgery import apply, mask, masked
 from compress.trace import ExampleInputs, as_arguments
 
 SINGLE_TOLERANCE = 1e-5  # of the output's scale: what differs by more is computed again in float64
@@ -25,15 +24,15 @@ def agrees(model: nn.Module, plan: PrunePlan, pruned: nn.Module, example_inputs:
     inputs = _lively(example_inputs)
     try:
         found = _outputs(pruned, inputs)
-        twin = masked_view(model, plan)
-        expected = _outputs(twin, inputs)
+        with masked(model, plan):
+            expected = _outputs(model, inputs)
         if [t.shape for t in found] != [t.shape for t in expected]:
             return False
         if not plan.exact or _close(found, expected, _tolerance(expected)):
             return True
         double = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
         found = _outputs(apply(model, plan).double(), double)
-        return _close(found, _outputs(copy.deepcopy(twin).double(), double), DOUBLE_TOLERANCE)
+        return _close(found, _outputs(mask(model, plan).double(), double), DOUBLE_TOLERANCE)
     except Exception:  # noqa: BLE001  a pruned model that does not run, for whatever reason, is what is looked for
         return False
 
