@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.checkpoint is None or config.data is None:
         return skipped(f"{Path(__file__).name} needs --checkpoint FILE and --data imagefolder:PATH")
     names = ("checkpoint", "data", "model", "criterion", "rounds", "epochs", "lr", "recover", "mean", "std", "seed")
-    settings = {name: getattr(config, name) for name in (*names, "device")}
+    settings = {name: getattr(config, name) for name in (*names, "device") if getattr(config, name) is not None}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.folder or temporary)
         resumed = (folder / HISTORY).exists()
