@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compress.errors import TraceError
@@ -21,6 +22,8 @@ from compress.sandbox import substitute, untouched, visible_operators
 
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
+IN_MODULE = "in module "  # begins the note that says where a run failed
+
 
 def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = True) -> Trace:
     """Trace ``model`` on ``example_inputs`` in evaluation mode, and in training mode unless ``training`` is False.
@@ -29,12 +32,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = 
         TraceError: the model does not run on its example inputs, was scripted, or has no parameters.
     """
     args, kwargs = as_arguments(example_inputs)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError("the model is a TorchScript module, whose operators are hidden: pass the original nn.Module")
-    if next(model.parameters(), None) is None:
-        raise TraceError(
-            "the model has no parameters (is it quantised, or built lazily?): there is nothing to compress"
-        )
+    _check_model(model)
     try:
         return _record(model, args, kwargs, training=training, real=False)
     except Exception as fake_error:  # noqa: BLE001  data-dependent control flow, or an operator without a fake kernel
@@ -42,8 +40,9 @@ def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = 
             trace = _record(model, args, kwargs, training=training, real=True)
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
+            where = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith(IN_MODULE))
             raise TraceError(
-                f"the model does not run on its example inputs ({describe(example_inputs)}): {reason[0]}; "
+                f"the model does not run on its example inputs ({describe(example_inputs)}){where}: {reason[0]}; "
                 "pass inputs of the shape that the model is used with"
             ) from error
         trace.notes.append(f"traced with a real forward pass: {type(fake_error).__name__}")
@@ -72,6 +71,21 @@ def describe(example_inputs: Any) -> str:
     """The shapes of the tensors in ``example_inputs``, for messages."""
     shapes = [str(tuple(leaf.shape)) for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
     return ", ".join(shapes) or "no tensors"
+
+
+def _check_model(model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    names = [name for name, _ in model.named_parameters()]
+    if not names:
+        raise TraceError(
+            "the model has no parameters (is it quantised?): there is nothing to compress; pass it in floating point"
+        )
+    if all(isinstance(modules[name.rpartition(".")[0]], torch.jit.ScriptModule) for name in names):
+        where = next(name for name, module in modules.items() if isinstance(module, torch.jit.ScriptModule))
+        what = f"module {where}" if where else "the model"
+        raise TraceError(f"{what} is a TorchScript module, whose sizes are fixed: pass the original nn.Module")
+    if lazy := next((name for name, p in model.named_parameters() if is_lazy(p)), None):
+        raise TraceError(f"parameter {lazy} has no shape yet (a lazy module): run the model once on its inputs")
 
 
 def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, real: bool) -> Trace:
@@ -106,7 +120,12 @@ def _run(model: nn.Module, recorder: "Recorder", args: tuple[Any, ...], kwargs: 
             recorder.trace.inputs.append(recorder.ref(leaf))
     names = {id(module): name for name, module in model.named_modules()}
     with torch.no_grad(), module_path(recorder, names), recorder.dispatch, recorder.function:
-        outputs = model(*args, **kwargs)
+        try:
+            outputs = model(*args, **kwargs)
+        except Exception as error:
+            if recorder.path and recorder.path[-1]:
+                error.add_note(IN_MODULE + recorder.path[-1])
+            raise
     leaves = tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
     recorder.trace.outputs.extend(recorder.ref(leaf) for leaf in leaves if isinstance(leaf, Tensor))
 

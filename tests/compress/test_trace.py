@@ -178,7 +178,7 @@ def test_arguments_and_descriptions() -> None:
 
 
 def test_the_wrong_shape_is_one_clear_line() -> None:
-    with pytest.raises(compress.TraceError, match=r"does not run on its example inputs \(\(2, 4, 9, 7\)\)") as caught:
+    with pytest.raises(compress.TraceError, match=r"does not run on its example inputs \(\(2, 4, 9, 7\)\) in module 0: ") as caught:
         compress.trace(_model(), image(2, 4, 9, 7))
     assert "\n" not in str(caught.value)
 
@@ -193,6 +193,13 @@ def test_a_model_without_parameters_is_refused() -> None:
 def test_a_scripted_model_is_refused() -> None:
     with pytest.raises(compress.TraceError, match="TorchScript"):
         compress.trace(torch.jit.script(nn.Linear(3, 5)), image(7, 3))
+    with pytest.raises(compress.TraceError, match="module 1 is a TorchScript module"):
+        compress.trace(nn.Sequential(nn.ReLU(), torch.jit.script(nn.Linear(3, 5))), image(7, 3))
+
+
+def test_parameters_without_a_shape_are_refused() -> None:
+    with pytest.raises(compress.TraceError, match=r"parameter 1.weight has no shape yet .*: run the model once"):
+        compress.trace(nn.Sequential(nn.ReLU(), nn.LazyLinear(5)), image(7, 3))
 
 
 def test_an_error_leaves_the_model_as_it_was() -> None:
