@@ -17,11 +17,11 @@ from compress.evidence import ActivationSums, Evidence, Values, collect_activati
 from compress.labels import Array
 from compress.plan import PrunePlan, make_plan
 from compress.recover import reestimate_batch_norm
-from compress.sandbox import unwrapped
+from compress.sandbox import on_meta, unwrapped
 from compress.select import Selection, SelectOptions, select
 from compress.surgery import apply
 from compress.trace import ExampleInputs, record
-from compress.verify import agrees, culprits
+from compress.verify import agrees, check_repeatable, culprits
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def prune(
         TraceError: the model does not run on its example inputs.
         BudgetError: the budget cannot be reached; says what can.
         CalibrationError: data are needed and missing, or do not fit.
-        PruneError: nothing can be pruned (the reasons are listed), or an option is unknown.
+        PruneError: nothing can be pruned (the reasons are listed), the output is random, or an option is unknown.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -105,13 +105,16 @@ def prune(
     if needs_activations(score) and calibration is not None:
         activations = collect_activations(model, graph, calibration)
     notes = list(graph.trace.notes)
+    if on_meta(model):
+        notes.append("not verified: the model is on the meta device and has no values")
     while True:
         scores = _scores(model, graph, score, activations, loss, seed)
         attempt = _Attempt(model, example_inputs, graph)
         selection = select(graph, scores, attempt.savings(budget), attempt.cost(budget), budget.fraction, options)
-        failed = attempt.failing_lumps(selection)
+        failed = [] if on_meta(model) else attempt.failing_lumps(selection)
         if not failed:
             break
+        check_repeatable(model, example_inputs, graph.trace)
         names = sorted({graph.groups[g].name for index in failed for g in graph.lumps[index].units})
         notes.append(f"kept whole, as removal did not verify: {', '.join(names)}")
         graph = graph.without(_of_their_kind(graph, failed), "its removal did not verify")

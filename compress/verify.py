@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from compress.errors import PruneError
 from compress.plan import PrunePlan
+from compress.recorder import Trace
 from compress.sandbox import untouched
 from compress.surgery import apply, mask, masked
 from compress.trace import ExampleInputs, as_arguments
@@ -53,11 +55,31 @@ def culprits(parts: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> li
     return [part for half in failing for part in culprits(half, holds)]
 
 
-def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+def check_repeatable(model: nn.Module, example_inputs: ExampleInputs, trace: Trace) -> None:
+    """Whether a removal failed because the model draws random numbers: no two of its runs can then be compared.
+
+    Args:
+        trace: of the model; where none of its operators draws random numbers, nothing is run.
+
+    Raises:
+        PruneError: in evaluation mode the output depends on the seed; names the operators that draw.
+    """
+    random = [op for op in trace.evaluation if torch.Tag.nondeterministic_seeded in op.func.tags]
+    inputs = _lively(example_inputs)
+    if not random or _close(_outputs(model, inputs), other := _outputs(model, inputs, seed=1), _tolerance(other)):
+        return
+    names = ", ".join(list(dict.fromkeys(str(op) for op in random))[:3])
+    raise PruneError(
+        f"the output depends on randomness in evaluation mode ({names}), so that no removal can be verified: "
+        "draw random numbers only where self.training, as nn.Dropout does"
+    )
+
+
+def _outputs(model: nn.Module, inputs: ExampleInputs, *, seed: int = 0) -> list[Tensor]:
     args, kwargs = as_arguments(inputs)
     # models may keep something of a run even in evaluation mode, and the twin shares its buffers with the model
     with torch.no_grad(), untouched(model):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         outputs: Any = model.eval()(*args, **kwargs)
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 

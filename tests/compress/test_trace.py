@@ -178,7 +178,8 @@ def test_arguments_and_descriptions() -> None:
 
 
 def test_the_wrong_shape_is_one_clear_line() -> None:
-    with pytest.raises(compress.TraceError, match=r"does not run on its example inputs \(\(2, 4, 9, 7\)\) in module 0: ") as caught:
+    message = r"does not run on its example inputs \(\(2, 4, 9, 7\)\) in module 0: "
+    with pytest.raises(compress.TraceError, match=message) as caught:
         compress.trace(_model(), image(2, 4, 9, 7))
     assert "\n" not in str(caught.value)
 

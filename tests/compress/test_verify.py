@@ -1,10 +1,12 @@
+import pytest
 import torch
 from torch import nn
 
-from compress import Budget, prune
+from compress import Budget, PruneError, prune
 from compress.plan import PlanGroup, PlanMember, PrunePlan
 from compress.surgery import apply
-from compress.verify import agrees, culprits
+from compress.trace import record
+from compress.verify import agrees, check_repeatable, culprits
 from tests.compress.helpers import image
 
 
@@ -105,3 +107,24 @@ def test_culprits_are_found_by_halving() -> None:
 
 def test_a_failure_of_the_whole_alone_gives_up_half() -> None:
     assert culprits([0, 1, 2, 3], lambda parts: len(parts) < 4) == [0, 1]
+
+
+class Draws(nn.Module):
+    """Drops units whatever its mode: masked and pruned runs draw different numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(7, 11), nn.Linear(11, 5)
+
+    def forward(self, x):
+        return self.b(torch.nn.functional.dropout(self.a(x), 0.5, True))
+
+
+def test_a_model_that_is_random_in_evaluation_mode_is_named_as_such() -> None:
+    with pytest.raises(PruneError, match=r"randomness in evaluation mode \(aten\.\S+\).* self.training"):
+        prune(Draws(), torch.zeros(1, 7), budget=Budget(macs=0.5))
+
+
+def test_random_numbers_that_change_nothing_are_no_error() -> None:
+    model = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 5))
+    check_repeatable(model, torch.zeros(1, 7), record(Draws(), torch.zeros(1, 7)))
