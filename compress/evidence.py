@@ -17,7 +17,7 @@ from compress.errors import CalibrationError, PruneError
 from compress.labels import FIXED, Array, Labels, Read
 from compress.recorder import Trace
 from compress.rules import propagate
-from compress.sandbox import untouched
+from compress.sandbox import on_meta, untouched
 from compress.trace import ExampleInputs, as_arguments, record
 
 Values = npt.NDArray[np.float64]
@@ -59,6 +59,10 @@ class Evidence:
 
         Those are the slices of the group's producers (matrices and kernels); where there are none, of all members.
         """
+        if on_meta(self.model):
+            raise PruneError(
+                "weights on the meta device have no values to rank by: load them, or plan with criterion='random'"
+            )
         found = [(m, t) for m, t in self.members(group) if t.is_floating_point()]
         makers = [(m, t) for m, t in found if m.role == "producer" and t.dim() > 1] or found
         total, count = np.zeros(group.num_units), 0

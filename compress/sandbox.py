@@ -55,6 +55,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def on_meta(model: nn.Module) -> bool:
+    """Whether the model has shapes but no values (``torch.device("meta")``)."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def _mutable(value: object) -> bool:
     return isinstance(value, dict | list | set)
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from compress.errors import TraceError
 from compress.provenance import observing
 from compress.recorder import Call, Op, Recorder, TensorRef, Trace, module_path
-from compress.sandbox import substitute, untouched, visible_operators
+from compress.sandbox import on_meta, substitute, untouched, visible_operators
 
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -95,6 +95,8 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     with untouched(model), visible_operators(), ExitStack() as stack:
         trace.observations = stack.enter_context(observing())
         substitute(model, recorder, fake_mode)
+        if on_meta(model):  # a model without data takes inputs without data
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
         if fake_mode is not None:
             args, kwargs = tree_map_only(Tensor, lambda t: fake_mode.from_tensor(t, static_shapes=True), (args, kwargs))
             stack.enter_context(fake_mode)
