@@ -79,6 +79,15 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """An operator without a rule, or used as its rule does not know (``why`` says which): what it touches is frozen."""
+
+    op: Op
+    why: str
+    in_training: bool
+
+
+@dataclass(frozen=True)
 class Split:
     """An axis was split, and its labels put on the new axis ``chosen`` of ``lengths``; ``choices`` could have been.
 
@@ -112,6 +121,7 @@ class Labels:
         self.axes: list[ParameterAxis] = []
         self.links: list[tuple[Array, Array]] = []
         self.frozen: list[Mark] = []
+        self.gaps: list[Gap] = []
         self.mixed: list[Mark] = []
         self.equations: list[SizeEquation] = []
         self.balances: list[Balance] = []

@@ -13,7 +13,7 @@ An operator without a rule freezes everything that it touches: it never makes a 
 
 import torch
 
-from compress.labels import Labels
+from compress.labels import FIXED, Gap, Labels
 from compress.provenance import AxisSize, SizeComparison, Stored, TracedInt, leaves
 from compress.recorder import Op, Trace
 from compress.rules import (  # noqa: F401  (importing a family registers its rules)
@@ -71,12 +71,12 @@ def _apply(labels: Labels, op: Op) -> None:
     function = _find(op)
     labels.mark_weight(op)
     if function is None:
-        _freeze_operator(labels, op, f"operator {op} has no rule")
+        _freeze_operator(labels, op, "has no rule")
         return
     try:
         function(labels, op)
     except NoRule as gap:
-        _freeze_operator(labels, op, f"operator {op}: {gap}")
+        _freeze_operator(labels, op, f"has no rule for {gap}")
         return
     _freeze_scalars(labels, op)
 
@@ -89,9 +89,11 @@ def _find(op: Op) -> Rule | None:
 
 
 def _freeze_operator(labels: Labels, op: Op, why: str) -> None:
-    for ref in (*op.tensors, *op.outputs):
-        for axis in labels[ref]:
-            labels.freeze(axis, why)
+    touched = [axis for ref in (*op.tensors, *op.outputs) for axis in labels[ref]]
+    if any((axis != FIXED).any() for axis in touched):
+        labels.gaps.append(Gap(op, why, labels.in_training))
+    for axis in touched:
+        labels.freeze(axis, f"operator {op} {why}")
 
 
 def _freeze_scalars(labels: Labels, op: Op) -> None:

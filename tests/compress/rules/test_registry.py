@@ -86,6 +86,8 @@ def test_an_operator_without_a_rule_freezes_by_name_and_the_rest_prunes() -> Non
     assert [group.name for group in graph.groups] == ["before.weight", "after.weight"]
     assert "aten._fft_r2c.default has no rule" in frozen_reasons(graph, "into.weight")
     assert "into.weight [0]" in str(graph)
+    gaps = [(str(gap.op.func), gap.why, gap.in_training) for gap in graph.labels.gaps]
+    assert gaps[:1] == [("aten._fft_r2c.default", "has no rule", False)]
     result = assert_exact(Spectrum(), image())
     assert result.model.into.out_channels == 7
     assert result.model.before.out_channels < 11
@@ -118,4 +120,5 @@ def test_a_rule_that_meets_a_use_it_does_not_cover_freezes() -> None:
     )
     graph = compress.trace(model, image(7, 3))
     assert not graph.groups
-    assert "a view as another dtype" in frozen_reasons(graph, "0.weight")
+    assert "has no rule for a view as another dtype" in frozen_reasons(graph, "0.weight")
+    assert {gap.in_training for gap in graph.labels.gaps} == {False, True}
