@@ -14,6 +14,8 @@ Scores = Sequence[npt.NDArray[np.float64]]
 
 FLOOR = 0.1  # no axis falls below this part of its length: PruningBench's "10 % group-wise protection"
 SCOPES = ("global", "uniform")
+MAX_SKIPS = 12  # large steps that may be left out to come closer to the budget
+CLOSE_ENOUGH = 0.001  # of the budget
 
 
 @dataclass(frozen=True)
@@ -86,35 +88,41 @@ def select(
             f"{options.min_channels}, round_to={options.round_to} and a floor of {FLOOR:.0%} an axis; "
             "raise the budget, protect less, or allow inexact groups"
         )
-    low, high = 0, len(chunks)  # cost(low) > target >= cost(high)
+    tries = MAX_SKIPS if options.exact_steps else 1
+    best: tuple[float, Selection] | None = None
+    fixed: list[Chunk] = []
+    while tries and chunks and cost(after([*fixed, *chunks])) <= target:
+        number = _shortest([*fixed, *chunks], len(fixed), lambda taken: cost(after(taken)) <= target) - len(fixed)
+        selection = after([*fixed, *chunks[:number]])
+        reached = cost(selection)
+        if best is None or reached > best[0]:
+            best = (reached, selection)
+        if target - reached <= CLOSE_ENOUGH * target:
+            break
+        # the last step was a large one: leave it out, and let finer ones close the gap
+        fixed += chunks[: number - 1]
+        chunks = [chunk for chunk in chunks[number:] if chunk.lump != chunks[number - 1].lump]
+        tries -= 1
+    assert best is not None  # all chunks together meet the target
+    return best[1]
+
+
+def _shortest(chunks: Sequence[Chunk], least: int, holds: Callable[[Sequence[Chunk]], bool]) -> int:
+    """How many chunks it takes until ``holds``, which is false for ``least`` of them and true for all."""
+    low, high = least, len(chunks)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if cost(after(chunks[:middle])) <= target else (middle, high)
-    if options.exact_steps:
-        return _closest(chunks, low, lambda times: _selection(graph, order, times), cost, target)
-    return after(chunks[:high])
+        low, high = (low, middle) if holds(chunks[:middle]) else (middle, high)
+    return high
 
 
-def _closest(
-    chunks: Sequence[Chunk],
-    taken: int,
-    after: Callable[[Mapping[int, int]], Selection],
-    cost: Callable[[Selection], float],
-    target: float,
-) -> Selection:
-    """Of the chunks that could come next, take the one that meets the budget and wastes least."""
-    base = _times(chunks[:taken])
-    upcoming: dict[int, Chunk] = {}
-    for chunk in chunks[taken:]:
-        upcoming.setdefault(chunk.lump, chunk)  # chunks of one lump are taken in order
-    best: tuple[float, Selection] | None = None
-    for chunk in upcoming.values():
-        selection = after({**base, chunk.lump: base.get(chunk.lump, 0) + chunk.times})
-        reached = cost(selection)
-        if reached <= target and (best is None or reached > best[0]):
-            best = (reached, selection)
-    assert best is not None  # the chunk that ended the search meets the budget
-    return best[1]
+def smallest(graph: ChannelGraph, savings: Sequence[float], cost: Callable[[Selection], float]) -> float:
+    """The lowest cost that the floors allow when units of a group are worth the same; arguments as for `select`."""
+    scores = [np.ones(int(size)) for size in graph.sizes]
+    order = [np.arange(int(size), dtype=np.int64) for size in graph.sizes]
+    options = SelectOptions()
+    chunks = list(_feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options))
+    return cost(_selection(graph, order, _times(chunks)))
 
 
 def _ordered_chunks(

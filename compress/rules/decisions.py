@@ -5,7 +5,7 @@ turn out frozen, mixed, or contracted between two activations (queries and keys 
 depends on it), removing whole heads is the better choice, and exact.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -29,8 +29,22 @@ def revised(labels: Labels) -> Mapping[Place, int]:
         live = split.labels[split.labels != FIXED]
         if len(live) and bad[component[live]].all() and not _split_again(split, labels.splits):
             others = [axis for axis in split.choices if axis != split.chosen]
-            decisions[split.place] = max(others, key=lambda axis: split.place[2][axis])
+            other = max(others, key=lambda axis: split.place[2][axis])
+            decisions.update(_alike(split, other, open_places))
     return decisions
+
+
+def _alike(split: Split, other: int, splits: Sequence[Split]) -> dict[Place, int]:
+    """The same turn for all splits of the module into these two lengths: 2 E -> (2, H, D) and E -> (H, D) meet later."""
+    module, _, lengths = split.place
+    turned = {split.place: other}
+    for candidate in splits:
+        theirs = candidate.place[2]
+        if candidate.place[0] == module and theirs[candidate.chosen] == lengths[split.chosen]:
+            axes = [axis for axis in candidate.choices if theirs[axis] == lengths[other] and axis != candidate.chosen]
+            if axes:
+                turned.setdefault(candidate.place, axes[-1])
+    return turned
 
 
 def _labels(marks: list[Mark]) -> list[Array]:
