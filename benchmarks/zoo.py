@@ -2,7 +2,7 @@
 
 Claims, for each model, with random weights: ``compress.prune`` with ``Budget(macs=0.5)`` succeeds; MACs kept are in
 (0.40, 0.50]; the result runs forward and backward in evaluation and in training mode; where the plan is exact, the
-result differs from its masked twin by at most 1e-5 x max(1, output scale) in float64; for transformers all that holds
+result differs from its masked twin by at most 1e-5 of the output's scale in float64; for transformers all that holds
 with ``exact_only=True`` as well. The exit status is 1 where one of them fails.
 
 Each model runs in a process of its own, on one thread, within a time limit. Progress goes to ``--progress``, a line of
@@ -171,7 +171,7 @@ def cells(result: Result) -> list[str]:
         return ["-"] * 7
     exactly = result.get("exact_only", {}).get("macs_kept")
     milliseconds = [f"{1000 * result['seconds'][stage]:.0f}" for stage in ("trace", "plan", "apply")]
-    error = f"{result['max_abs_error']:.0e}" if "max_abs_error" in result else "-"
+    error = f"{result['relative_error']:.0e}" if "relative_error" in result else "-"
     kept = [f"{result['macs_kept']:.3f}", "-" if exactly is None else f"{exactly:.3f}"]
     return ["yes" if result["exact"] else "no", error, *kept, *milliseconds]
 

@@ -16,13 +16,14 @@ import compress.pruning
 from benchmarks.common import stopwatch
 from benchmarks.zoo_models import Entry, Inputs
 
-TOLERANCE = 1e-5  # of max(1, output scale), in float64
+TOLERANCE = 1e-5  # of the largest value of each output, in float64
 SINGLE_TOLERANCE = 1e-3  # in float32: rounding adds up over the layers of a large model
 LARGEST_DOUBLE = 300e6  # parameters: above that, two models in float64 would not fit beside each other
 LOWEST_KEPT, FRACTION = 0.40, 0.50  # of the MACs
 STAGES = {"trace": "trace", "apply": "apply", "verify": "agrees", "count": "record"}  # functions of compress.pruning
 ENDS = ("input of the model", "output of the model")  # what cannot shrink in any pruner
-WITHOUT_RULE = re.compile(r"operator (\S+?)(?: in \S+)? has no rule")
+PLACE = re.compile(r"(\w+\.\w[\w.]*) in [\w.]+")  # an operator in a module: each would be a reason of its own
+WITHOUT_RULE = re.compile(r"operator (\S+) has no rule")
 
 Result = dict[str, Any]
 
@@ -113,7 +114,7 @@ def _examine(entry: Entry, model: nn.Module, inputs: Inputs, *, exact_only: bool
     del pruned  # large models need the room
     checked = _compare(model, plan, inputs)
     failures += [reason for reason in [checked.pop("failure")] if reason]
-    inexact = Counter(re.sub(r"\S*\.\S+", "*", group.inexact) for group in plan.groups if group.inexact)
+    inexact = Counter(PLACE.sub(r"\1", group.inexact) for group in plan.groups if group.inexact)
     return {
         "failure": "; ".join(failures),
         "exact": plan.exact,
@@ -146,26 +147,34 @@ def _compare(model: nn.Module, plan: compress.PrunePlan, inputs: Inputs) -> Resu
     shapes = [tuple(t.shape) for t in found], [tuple(t.shape) for t in dense]
     if shapes[0] != shapes[1]:
         return {"failure": f"outputs have shapes {shapes[0]} instead of {shapes[1]}"}
-    largest, effect = _difference(found, expected), _difference(expected, dense)
-    scale = max((_finite(t).abs().max().item() for t in dense if _finite(t).numel()), default=0.0)
-    tolerance = (TOLERANCE if double else SINGLE_TOLERANCE) * max(1.0, scale)
-    failure = f"error {largest:.2g} is above {tolerance:.2g}" if plan.exact and not largest <= tolerance else ""
+    relative = _difference(found, expected)
+    tolerance = TOLERANCE if double else SINGLE_TOLERANCE
+    failure = f"error {relative:.2g} is above {tolerance:.2g}" if plan.exact and not relative <= tolerance else ""
     return {
         "failure": failure,
         "precision": str(dtype).removeprefix("torch."),
-        "max_abs_error": largest,
-        "mask_effect": effect,
-        "output_scale": scale,
+        "relative_error": relative,
+        "mask_effect": _difference(expected, dense),
+        "output_scale": _scale(dense),
     }
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference of any output in units of that output's largest value: a small one counts like others."""
     if [t.shape for t in found] != [t.shape for t in expected]:
         return float("inf")
-    # infinite where only one of them is: -inf stands for "no" in masks
-    largest = [(torch.where(a == b, 0.0, a - b)).abs().max().item() for a, b in zip(found, expected, strict=True)
-               if a.numel()]  # fmt: skip
-    return max(largest, default=0.0)
+    floor = 1e-6 * _scale(expected)  # what is mathematically zero is rounding, of a scale that means nothing
+    largest = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.numel():
+            # infinite where only one of them is: -inf stands for "no" in masks
+            error = torch.where(a == b, 0.0, a - b).abs().max().item()
+            largest = max(largest, error / max(_scale([b]), floor, 1e-300))
+    return largest
+
+
+def _scale(outputs: Sequence[Tensor]) -> float:
+    return max((_finite(t).abs().max().item() for t in outputs if _finite(t).numel()), default=0.0)
 
 
 def _finite(tensor: Tensor) -> Tensor:
@@ -178,8 +187,7 @@ def _frozen(model: nn.Module, inputs: Inputs) -> Result:
         graph = compress.trace(model, inputs)
     except compress.PruneError:
         return {}
-    # the module where it happened would make each a reason of its own
-    reasons = Counter(re.sub(r" in [\w.]+", "", axis.reason) for axis in graph.frozen)
+    reasons = Counter(PLACE.sub(r"\1", axis.reason) for axis in graph.frozen)
     inner = {reason: count for reason, count in reasons.most_common() if not reason.startswith(ENDS)}
     operators = sorted({name for reason in inner for name in WITHOUT_RULE.findall(reason)})
     return {"num_groups": len(graph.groups), "frozen": inner, "without_rule": operators}

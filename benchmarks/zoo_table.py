@@ -24,9 +24,10 @@ exact, the result computes what its masked twin computes (float64, 1e-5 of the o
 all that holds with `exact_only=True` as well. Where a plan is not exact the last column says why: the remaining \
 statistics differ.
 
-*error* is the largest difference from the masked twin (for plans that are not exact it says nothing about mistakes), \
-*exact only* the MACs kept with `exact_only=True`. *memory* is what pruning adds to the process at its peak, in units \
-of the model. *frozen* counts parameter axes that stay whole for a reason other than being an input or an output.
+*error* is the largest difference from the masked twin, in units of the output's largest value (for plans that are \
+not exact it says nothing about mistakes), *exact only* the MACs kept with `exact_only=True`. *memory* is the model \
+and what pruning adds to the process at its peak, in units of the model. *frozen* counts parameter axes that stay \
+whole for a reason other than being an input or an output.
 
 Written by `benchmarks/zoo_table.py` from `benchmarks/results/zoo.json`.
 """

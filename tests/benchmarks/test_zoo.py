@@ -60,7 +60,7 @@ def test_a_model_that_prunes_passes() -> None:
     result = zoo_examine.examine(_entry(is_transformer=True))
     assert zoo.failures_of(result) == ""
     assert result["exact"]
-    assert result["max_abs_error"] < 1e-10 < result["mask_effect"]
+    assert result["relative_error"] < 1e-10 < result["mask_effect"]
     assert 0.4 < result["macs_kept"] <= 0.5
     assert 0.4 < result["exact_only"]["macs_kept"] <= 0.5
     assert sum(result["seconds"][s] for s in ("trace", "plan", "apply", "verify", "count")) == pytest.approx(
@@ -177,7 +177,7 @@ def test_the_page_shows_the_committed_results() -> None:
 
 
 def test_the_page_has_one_line_a_model_and_says_what_failed() -> None:
-    measured = {"exact": True, "inexact": {}, "max_abs_error": 1e-15, "macs_kept": 0.499, "num_groups": 2,
+    measured = {"exact": True, "inexact": {}, "relative_error": 1e-15, "macs_kept": 0.499, "num_groups": 2,
                 "seconds": {"trace": 0.1, "plan": 0.05, "apply": 0.02, "verify": 0.03}, "model_mb": 40.0,
                 "peak_mb": 60.0, "frozen": {"reason": 3}, "notes": []}  # fmt: skip
     peer = {"failure": "", "seconds": {"trace": 0.3, "step": 0.1}}
