@@ -3,46 +3,112 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from compress.channels import ChannelGraph, FrozenAxis
+from compress.overview import GroupFacts, Overview, overview, owner_of
+from compress.select import FLOOR
+
 if TYPE_CHECKING:
-    from compress.channels import ChannelGraph
     from compress.pruning import PruneResult
 
-MAX_REASONS = 12
+MODEL = "(model)"  # for the path of the model itself, which is empty
 
 
 def render(*tables: Table) -> str:
     """Tables as plain text of fixed width, the same on a terminal and in a file."""
     text = io.StringIO()
-    console = Console(file=text, width=110, color_system=None)
+    console = Console(file=text, width=120, color_system=None)
     for table in tables:
         console.print(table)
     return text.getvalue().rstrip()
 
 
 def graph_table(graph: ChannelGraph) -> str:
-    """One row a group, then what is frozen and why."""
-    table = Table(title="channel groups")
-    for column in ("group", "units", "parameters", "removal"):
-        table.add_column(column, justify="right" if column == "units" else "left")
-    for group in graph.groups:
-        names = sorted({member.parameter for member in group.members})
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        table.add_row(group.name, str(group.num_units), shown, group.inexact or "exact")
-    frozen = Table(title="never removed")
-    frozen.add_column("axis")
-    frozen.add_column("reason")
-    for axis in graph.frozen[:MAX_REASONS]:
-        part = f"{axis.parameter} [{axis.axis}]"
-        part += "" if axis.num_elements == axis.size else f" {axis.num_elements} of {axis.size}"
-        frozen.add_row(part, axis.reason)
-    if len(graph.frozen) > MAX_REASONS:
-        frozen.add_row(f"... and {len(graph.frozen) - MAX_REASONS} more", "see graph.frozen")
-    return render(table, frozen)
+    """One row a group, then what is not exact or is frozen and why, operators without a rule, and what is in reach."""
+    facts = overview(graph)
+    tables = [_group_table(facts), _inexact_table(facts), _frozen_table(facts), _gap_table(facts)]
+    filled = [table for table in tables if table.row_count]
+    return "\n".join(
+        [*([render(*filled), ""] if filled else []), *(f"note: {note}" for note in facts.notes), reach(facts)]
+    )
+
+
+def reach(facts: Overview) -> str:
+    """How few MACs can be reached, in one sentence."""
+    if not facts.groups:
+        return f"nothing can be removed from the {facts.macs:,} MACs"
+    exact = "" if facts.smallest == facts.smallest_exact else f", {facts.smallest_exact:.1%} with exact_only=True"
+    floor = f"(every axis keeps at least {FLOOR:.0%} of its length)"
+    return f"{facts.macs:,} MACs can be brought down to {facts.smallest:.1%}{exact} {floor}"
+
+
+def _group_table(facts: Overview) -> Table:
+    table = _table("channel groups", "#", "group", ">units", ">MACs", "at once", ">members", "read by", "exact")
+    for row in facts.groups:
+        group = row.group
+        readers = list(dict.fromkeys(owner_of(m.parameter) or MODEL for m in group.members if m.role == "consumer"))
+        exact = "yes" if group.exact else "no"
+        share, members = f"{row.macs:.1%}", str(len(group.members))
+        table.add_row(
+            str(group.index), group.name, str(group.num_units), share, at_once(row), members, some(readers, 1), exact
+        )
+    return table
+
+
+def _inexact_table(facts: Overview) -> Table:
+    table = _table("why removal is not exact", "groups", "reason")
+    for reason, groups in facts.inexact.items():
+        table.add_row(some([f"#{group}" for group in groups], 8), reason)
+    return table
+
+
+def _frozen_table(facts: Overview) -> Table:
+    table = _table("never removed", ">axes", "which", "reason")
+    for reason, axes in facts.frozen.items():
+        table.add_row(str(len(axes)), some([part_of(axis) for axis in axes]), reason)
+    return table
+
+
+def _gap_table(facts: Overview) -> Table:
+    table = _table("operators without a rule", "operator", ">calls", "modules")
+    for gap in facts.gaps:
+        table.add_row(f"{gap.operator} {gap.why}", str(gap.calls), some([name or MODEL for name in gap.modules]))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table without rows; the numbers of columns that begin with ``>`` are set to the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
+    return table
+
+
+def at_once(row: GroupFacts) -> str:
+    """How many units can go at once, with how many of which other groups: ``64 with 1 of #3``."""
+    ways = []
+    for lump in row.lumps:
+        others = [f"{number} of #{group}" for group, number in lump.units.items() if group != row.group.index]
+        ways.append(f"{lump.units[row.group.index]}{' with ' if others else ''}{some(others)}")
+    return some(ways, separator=", or ")
+
+
+def part_of(axis: FrozenAxis) -> str:
+    """A frozen axis in brief: ``head.weight [0] 3 of 5``."""
+    part = "" if axis.num_elements == axis.size else f" {axis.num_elements} of {axis.size}"
+    return f"{axis.parameter} [{axis.axis}]{part}"
+
+
+def some(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
+    """The first few of many names."""
+    return separator.join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def result_table(result: PruneResult) -> str:

@@ -1,4 +1,4 @@
-"""The console command ``prunus``: ``prunus prune --model ...``, ``prunus demo``."""
+"""The console command ``prunus``: ``prunus prune --model ...``, ``prunus inspect MODEL``, ``prunus demo``."""
 
 import importlib
 import sys
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "prune": "prune a model to a budget, in rounds of pruning and training",
+    "inspect": "show what can be removed from a model, and why the rest cannot",
     "demo": "train, prune, retrain and reload a small network on the digits of scikit-learn",
 }
+MODULES = {"inspect": "inspect_model"}  # scripts/inspect.py would shadow the standard library's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prunus: there is no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     # Imported on demand: `prunus --help` should not wait for PyTorch.
-    return importlib.import_module(f"scripts.{name}").main(arguments[1:])
+    return importlib.import_module(f"scripts.{MODULES.get(name, name)}").main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
+LISTS = ("--mean", "--std", "--input_shape")  # flags that take several values
 
 
 class FlagParser(ArgumentParser):
@@ -65,7 +66,7 @@ def _as_jsonargparse_likes(argv: Sequence[str]) -> list[str]:
             values.append(tokens.pop(0))
         if flag in ("--help", "--print_config") and not values:
             result.append(flag)
-        elif flag in ("--mean", "--std") and values and not values[0].startswith("["):
+        elif flag in LISTS and values and not values[0].startswith("["):
             result.append(f"{flag}=[{', '.join(','.join(values).split(','))}]")
         else:
             result += [f"{flag}={values[0] if values else 'true'}", *values[1:]]
@@ -84,7 +85,7 @@ def _one_line(error: Exception) -> str:
     if text.startswith("unrecognized arguments:"):
         return f"there is no flag {_with_dashes(text.partition(': ')[2])}; see --help"
     if text.startswith("the following arguments are required:"):
-        return f"these flags are required: --{text.partition(': ')[2].replace(', ', ', --')}"
+        return _with_dashes(f"these flags are required: --{text.partition(': ')[2].replace(', ', ', --')}")
     return text or type(error).__name__
 
 
