@@ -37,28 +37,27 @@ LEGEND = (
 def as_dot(graph: ChannelGraph) -> str:
     """Groups (ellipses) and the layers that they connect (boxes) in Graphviz' language, layers from input to output.
 
-    An edge runs from a layer to the group of channels that it makes, and from a group to the layers that read it or
-    (dotted) carry a value for each channel.
+    An edge runs from a layer to the group of channels that it makes, and from a group to the layers that read it.
+    Layers that only carry a value for each channel (batch norm) are left out: they connect nothing.
     """
-    lines = ["digraph groups {", "  rankdir=TB;", "  node [fontname=sans];"]
+    lines = ["digraph groups {", "  node [fontname=sans];"]
+    edges = []
     for layer in layers(graph):
-        if not (layer.roles or layer.macs):
-            continue
-        label = "\\n".join([layer.name or MODEL, *layer.shapes[:1]])
-        lines.append(f"  {_quoted(layer.name or MODEL)} [shape=box, label={_quoted(label)}];")
+        name = _quoted(layer.name or MODEL)
+        found = []
+        for index, roles in layer.roles.items():
+            colour = f'[color="{_hue(index)}"]'
+            found += [f"  g{index} -> {name} {colour};"] if "consumer" in roles else []
+            found += [f"  {name} -> g{index} {colour};"] if "producer" in roles else []
+        if found:
+            lines.append(f"  {name} [shape=box];")
+        edges += found
     for facts in overview(graph).groups:
         group = facts.group
         label = f"#{group.index} {group.name}\\n{group.num_units} units, {facts.macs:.1%} of the MACs"
         style = "solid" if group.exact else "dashed"
         lines.append(f'  g{group.index} [label={_quoted(label)}, color="{_hue(group.index)}", style={style}];')
-    for layer in layers(graph):
-        name = _quoted(layer.name or MODEL)
-        for index, roles in layer.roles.items():
-            for role in roles:
-                edge = f"{name} -> g{index}" if role == "producer" else f"g{index} -> {name}"
-                style = "dotted, arrowhead=none" if role == "carrier" else "solid"
-                lines.append(f'  {edge} [color="{_hue(index)}", style={style}];')
-    return "\n".join([*lines, "}", ""])
+    return "\n".join([*lines, *edges, "}", ""])
 
 
 def as_html(graph: ChannelGraph, title: str) -> str:
