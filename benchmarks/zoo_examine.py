@@ -132,9 +132,8 @@ def _examine(entry: Entry, model: nn.Module, inputs: Inputs, *, exact_only: bool
 
 def _compare(model: nn.Module, plan: compress.PrunePlan, inputs: Inputs) -> Result:
     """Outputs of the pruned model against those of the masked twin; one of the two is in memory at a time."""
-    double = sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_DOUBLE
-    dtype = torch.float64 if double else torch.float32
-    inputs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    dtype = torch.float64 if _runs_in_double(model, inputs) else torch.float32
+    inputs = _as_type(inputs, dtype)
     try:
         with torch.no_grad():
             dense = call(model.to(dtype).eval(), inputs)
@@ -148,7 +147,7 @@ def _compare(model: nn.Module, plan: compress.PrunePlan, inputs: Inputs) -> Resu
     if shapes[0] != shapes[1]:
         return {"failure": f"outputs have shapes {shapes[0]} instead of {shapes[1]}"}
     relative = _difference(found, expected)
-    tolerance = TOLERANCE if double else SINGLE_TOLERANCE
+    tolerance = TOLERANCE if dtype == torch.float64 else SINGLE_TOLERANCE
     failure = f"error {relative:.2g} is above {tolerance:.2g}" if plan.exact and not relative <= tolerance else ""
     return {
         "failure": failure,
@@ -157,6 +156,24 @@ def _compare(model: nn.Module, plan: compress.PrunePlan, inputs: Inputs) -> Resu
         "mask_effect": _difference(expected, dense),
         "output_scale": _scale(dense),
     }
+
+
+def _runs_in_double(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether the dense model takes float64: RAFT, for one, makes tensors of float32 in its code."""
+    if sum(parameter.numel() for parameter in model.parameters()) > LARGEST_DOUBLE:
+        return False
+    try:
+        with torch.no_grad():
+            call(model.double().eval(), _as_type(inputs, torch.float64))
+    except RuntimeError:
+        return False
+    finally:
+        model.float()
+    return True
+
+
+def _as_type(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -34,15 +34,16 @@ DETECTION_SIZE = 320  # also the size that the models resize to
 SEGMENTATION_SIZE = 128
 FLOW_SIZE = 128  # the least that RAFT takes
 
-# One small model a family of timm; the value is the input size where it is not the model's own.
+# One small model a family of timm; the value is the input size where it is not the model's own. gMLP is in the first
+# list, which is not pruned with exact_only: the norm before each of its gates sees every channel.
 TIMM_CONVOLUTIONAL: dict[str, int | None] = dict.fromkeys((
     "bat_resnext26ts", "convnext_atto", "convnextv2_atto", "cs3darknet_s", "cspdarknet53", "cspnext_tiny",
     "cspresnet50", "cspresnext50", "darknet53", "densenet121", "dla34", "dla60_res2net", "dpn48b", "ecaresnet26t",
     "eca_resnext26ts", "edgenext_xx_small", "efficientnet_b0", "efficientnet_lite0", "ese_vovnet19b_slim_dw",
     "fasternet_t0", "fbnetc_100", "fbnetv3_b", "gcresnext26ts", "gernet_s", "ghostnet_050", "ghostnetv2_100",
-    "ghostnetv3_050", "hardcorenas_a", "hgnet_tiny", "hgnetv2_b0", "hrnet_w18_small", "inception_next_atto",
-    "inception_v4", "lcnet_050", "lcnetv2_small", "legacy_seresnet18", "legacy_xception", "mambaout_femto",
-    "mixnet_s", "mnasnet_small", "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv4_conv_small",
+    "ghostnetv3_050", "gmlp_ti16_224", "hardcorenas_a", "hgnet_tiny", "hgnetv2_b0", "hrnet_w18_small",
+    "inception_next_atto", "inception_v4", "lcnet_050", "lcnetv2_small", "legacy_seresnet18", "legacy_xception",
+    "mambaout_femto", "mixnet_s", "mnasnet_small", "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv4_conv_small",
     "mobileone_s0", "nf_regnet_b0", "nf_resnet26", "nfnet_l0", "eca_nfnet_l0", "rdnet_tiny", "regnetx_002",
     "regnety_002", "repghostnet_050", "repvgg_a0", "repvit_m0_9", "res2net50_14w_8s", "res2next50", "resnest14d",
     "resnet10t", "resnetv2_50", "resnext50_32x4d", "rexnet_100", "selecsls42", "semnasnet_050", "skresnet18",
@@ -54,7 +55,7 @@ TIMM_TRANSFORMERS: dict[str, int | None] = dict.fromkeys((
     "davit_tiny", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224",
     "efficientformer_l1", "efficientformerv2_s0", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0",
     "eva02_tiny_patch14_224", "fastvit_t8", "flexivit_small", "focalnet_tiny_srf", "gcvit_xxtiny",
-    "gmixer_12_224", "gmlp_ti16_224", "halonet26t", "hiera_tiny_224", "iformer_t", "lambda_resnet26t",
+    "gmixer_12_224", "halonet26t", "hiera_tiny_224", "iformer_t", "lambda_resnet26t",
     "levit_128s", "levit_conv_128s", "lowformer_b0", "maxvit_pico_rw_256", "maxxvit_rmlp_nano_rw_256",
     "mixer_s32_224", "mobilenetv4_hybrid_medium", "mobilevit_xxs", "mobilevitv2_050", "mvitv2_tiny",
     "naflexvit_base_patch16_gap", "nest_tiny", "nextvit_small", "pit_ti_224", "poolformer_s12", "poolformerv2_s12",

@@ -92,6 +92,21 @@ def test_an_inexact_plan_is_not_held_to_its_numbers(monkeypatch: pytest.MonkeyPa
     assert zoo_examine.examine(_entry())["failure"] == ""
 
 
+class _SingleOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale = _network(), torch.eye(4)  # no buffer: it stays in float32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) @ self.scale  # type: ignore[no-any-return]
+
+
+def test_a_model_that_refuses_float64_is_compared_in_float32() -> None:
+    result = zoo_examine.examine(_entry(model=_SingleOnly))
+    assert (result["failure"], result["precision"]) == ("", "float32")
+    assert zoo_examine.examine(_entry())["precision"] == "float64"
+
+
 def test_a_model_that_does_not_run_says_why() -> None:
     result = zoo_examine.examine(_entry(inputs=lambda batch: torch.randn(batch, 5, 8, 8)))
     assert result["failure"].startswith("prune: TraceError")
