@@ -17,7 +17,7 @@ from compress.errors import CalibrationError, PruneError
 from compress.labels import FIXED, Array, Labels, Read
 from compress.recorder import Trace
 from compress.rules import propagate
-from compress.sandbox import on_meta, untouched
+from compress.sandbox import on_meta, untouched, visible_operators
 from compress.trace import ExampleInputs, as_arguments, record
 
 Values = npt.NDArray[np.float64]
@@ -144,7 +144,7 @@ class _Observer:
 
     def run(self, model: nn.Module, inputs: ExampleInputs, batch: int) -> None:
         args, kwargs = as_arguments(inputs)
-        with torch.no_grad(), _Watch(self, batch):
+        with torch.no_grad(), visible_operators(), _Watch(self, batch):
             model(*args, **kwargs)
 
     def observe(self, index: int, func: Any, args: tuple[Any, ...], batch: int) -> None:

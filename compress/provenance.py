@@ -70,6 +70,7 @@ class ValueUse:
 
     expression: Expression
     how: str
+    value: int
 
 
 class Observations:
@@ -159,7 +160,7 @@ class TracedInt(int):
 
 def _note_value_use(value: TracedInt, how: str) -> None:
     if _active:
-        _active[-1].value_uses.append(ValueUse(value.expression, how))
+        _active[-1].value_uses.append(ValueUse(value.expression, how, int.__int__(value)))
 
 
 def _arithmetic(symbol: str, method: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:

@@ -158,7 +158,9 @@ class _FunctionRecorder(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and kwargs.get("scale") is None:
             query = recorder.ref(args[0] if args else kwargs["query"])
             size = AxisSize(query.id, len(query.shape) - 1)
-            recorder.trace.observations.value_uses.append(ValueUse(size, "the default scale of attention"))
+            recorder.trace.observations.value_uses.append(
+                ValueUse(size, "the default scale of attention", query.shape[-1])
+            )
         name = getattr(func, "__name__", str(func))
         outer, recorder.call = recorder.call, _call(name, (*args, *kwargs.values()))
         try:

@@ -66,21 +66,27 @@ def _mutable(value: object) -> bool:
 
 @contextmanager
 def visible_operators() -> Iterator[None]:
-    """Turn off the fused path of attention, and let functions of ``torch.nn.functional`` run their bodies.
+    """Turn off fused attention and recurrent layers, and let functions of ``torch.nn.functional`` run their bodies.
 
-    Those ask ``has_torch_function`` first and would otherwise reach the mode as one opaque call, which hides the
+    The latter ask ``has_torch_function`` first and would otherwise reach the mode as one opaque call, which hides the
     integers that, say, ``multi_head_attention_forward`` reshapes with.
     """
     names = [name for name in vars(F) if name.startswith("has_torch_function")]
     before = {name: getattr(F, name) for name in names}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # (the public context manager of oneDNN warns about graphics cards)
+    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
     for name in names:
         setattr(F, name, lambda *_: False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch._C._set_mkldnn_enabled(onednn)
+        torch._C._set_cudnn_enabled(cudnn)
         for name, function in before.items():
             setattr(F, name, function)
 

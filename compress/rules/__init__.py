@@ -13,8 +13,8 @@ An operator without a rule freezes everything that it touches: it never makes a 
 
 import torch
 
-from compress.labels import FIXED, Gap, Labels
-from compress.provenance import AxisSize, SizeComparison, Stored, TracedInt, leaves
+from compress.labels import FIXED, Gap, Labels, SizeEquation
+from compress.provenance import AxisSize, Computed, Expression, SizeComparison, Stored, TracedInt, leaves
 from compress.recorder import Op, Trace
 from compress.rules import (  # noqa: F401  (importing a family registers its rules)
     attention,
@@ -75,7 +75,7 @@ def _apply(labels: Labels, op: Op) -> None:
         return
     try:
         function(labels, op)
-    except NoRule as gap:
+    except (NoRule, ValueError, IndexError, KeyError) as gap:  # a use that the rule does not cover
         _freeze_operator(labels, op, f"has no rule for {gap}")
         return
     _freeze_scalars(labels, op)
@@ -107,7 +107,7 @@ def _freeze_scalars(labels: Labels, op: Op) -> None:
             continue
         for traced in given:
             if isinstance(value, int | float) and value == int(traced):
-                _pin(labels, traced.expression, f"a size is a value in operator {op}")
+                _keep_value(labels, traced.expression, int(traced), f"a size is a value in operator {op}")
 
 
 def _freeze_untouched(labels: Labels, trace: Trace) -> None:
@@ -137,7 +137,15 @@ def _keep_comparison(labels: Labels, comparison: SizeComparison) -> None:
 
 def _freeze_values(labels: Labels, trace: Trace) -> None:
     for use in trace.observations.value_uses:
-        _pin(labels, use.expression, f"a size is {use.how} while the model runs")
+        _keep_value(labels, use.expression, use.value, f"a size is {use.how} while the model runs")
+
+
+def _keep_value(labels: Labels, expression: Expression, value: int, why: str) -> None:
+    """What is computed with must not change; of ``C // heads`` both may, as long as the quotient stays."""
+    if isinstance(expression, Computed):
+        labels.equations.append(SizeEquation(expression, labels.fixed(value), why))
+    else:
+        _pin(labels, expression, why)
 
 
 def _pin(labels: Labels, expression: object, why: str) -> None:

@@ -35,7 +35,7 @@ def revised(labels: Labels) -> Mapping[Place, int]:
 
 
 def _alike(split: Split, other: int, splits: Sequence[Split]) -> dict[Place, int]:
-    """The same turn for all splits of the module into these two lengths: 2 E -> (2, H, D) and E -> (H, D) meet later."""
+    """The same turn for all splits of the module into these two lengths: 2 E -> (2, H, D), E -> (H, D) meet later."""
     module, _, lengths = split.place
     turned = {split.place: other}
     for candidate in splits:

@@ -42,6 +42,9 @@ def cat(labels: Labels, op: Op) -> None:
     output = op.outputs[0]
     dim = op.arguments.get("dim", 0) % len(output.shape)
     parts = [labels[ref] for ref in op.tensors if ref.shape != (0,)]  # cat skips empty vectors of any rank
+    if not parts:
+        labels.set(output, [labels.fixed(n) for n in output.shape])
+        return
     result = list(parts[0])
     for part in parts[1:]:
         for axis, axis_labels in enumerate(part):
