@@ -1,7 +1,7 @@
 """Prune a model to a budget: trace, score, select, cut, verify, recover."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,8 @@ def prune(
     if recover and calibration is not None:
         reestimate_batch_norm(pruned, calibration)
     after = cost_of(pruned, record(pruned, example_inputs, training=False))
+    if graph.trace.real:  # another number of proposals, say, would be counted: price what the dense model ran
+        after = replace(after, macs=round(attempt.cost(Budget(macs=1.0))(selection) * attempt.before.macs))
     named = {f"{group.name}#{group.index}": values for group, values in zip(graph.groups, scores, strict=True)}
     return PruneResult(pruned, plan, attempt.before, after, _kept(graph, plan), named, tuple(notes))
 

@@ -7,7 +7,10 @@ from compress.recorder import Op, TensorRef
 from compress.rules.registry import NoRule, rule
 
 
-@rule("where", "copy", "addcmul", "addcdiv", "masked_fill", "lerp", "threshold_backward", "_prelu_kernel")
+@rule(
+    "where", "copy", "addcmul", "addcdiv", "masked_fill", "lerp", "threshold_backward", "_prelu_kernel",
+    "hardswish", "floor_divide",
+)  # fmt: skip
 def pointwise(labels: Labels, op: Op) -> None:
     """Also every operator that PyTorch tags as pointwise: the result at a position depends on that position alone."""
     if not op.outputs:
@@ -33,6 +36,25 @@ def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int]
             else:
                 labels.link(known, axis_labels, why)
     return [labels.fixed(n) if found is None else found for found, n in zip(result, shape, strict=True)]
+
+
+@rule("log_sigmoid_forward")
+def log_sigmoid(labels: Labels, op: Op) -> None:
+    """Element by element; what is kept for the backward pass is empty on some devices."""
+    source = op.tensors[0]
+    for output in op.outputs:
+        labels.set(output, labels[source] if output.shape == source.shape else [labels.fixed(n) for n in output.shape])
+
+
+@rule("glu")
+def gated_linear_unit(labels: Labels, op: Op) -> None:
+    """``a * sigmoid(b)`` of the two halves of an axis: element i of one goes with element i of the other."""
+    axes = list(labels[op.tensors[0]])
+    axis = op.arguments["dim"] % len(axes)
+    values, gates = axes[axis].reshape(2, -1)
+    labels.link(values, gates, str(op))
+    axes[axis] = values
+    labels.set(op.outputs[0], axes)
 
 
 @rule(

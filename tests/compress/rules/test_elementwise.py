@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import compress
@@ -35,6 +36,7 @@ FUNCTIONS = {
     "flip": lambda x: x.flip(3, -2),
     "in place": lambda x: x.clone().sin_().mul_(2.0).add_(x).sub_(1),
     "integers as numbers": lambda x: (x * 3 + 2).div(4).clamp(-1, 1),
+    "activations without a tag": lambda x: F.hardswish(x) + F.logsigmoid(x) + torch.floor_divide(x.detach(), 0.25),
     "bool": lambda x: x * (x > 0.2).logical_not() * ((x < 1) & (x > -1)),
     "maximum": lambda x: torch.maximum(x, -x) + torch.fmin(x, x * 2) + torch.atan2(x, x + 9),
 }  # fmt: skip
@@ -84,6 +86,7 @@ CASES |= {
     "gate": lambda: (Gate(), image()),
     "scale": lambda: (Scale(), image()),
     "prelu": lambda: (nn.Sequential(nn.Conv2d(3, 11, 3), nn.PReLU(11), nn.Conv2d(11, 5, 1)), image()),
+    "gated linear unit": lambda: (nn.Sequential(nn.Conv2d(3, 22, 3), nn.GLU(1), nn.Conv2d(11, 5, 1)), image()),
     "dropout": lambda: (nn.Sequential(nn.Conv2d(3, 11, 3), nn.Dropout2d(), nn.Dropout(), nn.Conv2d(11, 5, 1)), image()),
 }
 
@@ -152,3 +155,11 @@ def test_the_pointwise_tag_is_truthful() -> None:
         assert torch.allclose(whole, part, rtol=1e-13, atol=0), name  # vector and scalar code differ in the last bit
         checked += 1
     assert checked > 60
+
+
+def test_the_halves_of_a_gated_linear_unit_go_together() -> None:
+    model = nn.Sequential(nn.Linear(3, 22), nn.GLU(), nn.Linear(11, 5))
+    (group,) = compress.trace(model, torch.randn(2, 3)).groups
+    assert group.num_units == 11
+    rows = {tuple(row) for m in group.members if m.parameter == "0.weight" for row in m.indices.tolist()}
+    assert rows == {(i, i + 11) for i in range(11)}
