@@ -148,6 +148,7 @@ class _Observer:
             model(*args, **kwargs)
 
     def observe(self, index: int, func: Any, args: tuple[Any, ...], batch: int) -> None:
+        """Take note of operator ``index`` of the run if a channel is read there."""
         if index >= len(self._names) or self._names[index] is not func:
             raise CalibrationError(
                 f"calibration batch {batch} takes another path through the model than its trace (operator {func}): "

@@ -48,6 +48,8 @@ class SelectOptions:
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise PruneError(f"scope={self.scope!r} is unknown: choose one of {', '.join(SCOPES)}")
+        if not isinstance(self.round_to, int):
+            raise PruneError(f"round_to={self.round_to!r} is not there yet: give a whole number, such as 8")
         if self.round_to < 1:
             raise PruneError(f"round_to={self.round_to} must be at least 1")
         if self.min_channels < 1:

@@ -145,3 +145,8 @@ def test_what_saves_nothing_goes_last() -> None:
     result = compress.prune(Auxiliary(), image(7, 3), budget=compress.Budget(macs=0.5))
     assert [group.name for group in result.plan.groups] == ["stem.weight"]
     assert result.model.extra[0].out_features == 20
+
+
+def test_a_width_that_is_no_number_is_refused() -> None:
+    with pytest.raises(compress.PruneError, match=r"round_to='auto' is not there yet.*such as 8"):
+        SelectOptions(round_to="auto")
