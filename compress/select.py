@@ -14,7 +14,7 @@ Scores = Sequence[npt.NDArray[np.float64]]
 
 FLOOR = 0.1  # no axis falls below this part of its length: PruningBench's "10 % group-wise protection"
 SCOPES = ("global", "uniform")
-MAX_SKIPS = 12  # large steps that may be left out to come closer to the budget
+MAX_SKIPS = 11  # large steps that may be left out to come closer to the budget
 CLOSE_ENOUGH = 0.001  # of the budget
 
 
@@ -90,23 +90,24 @@ def select(
             f"{options.min_channels}, round_to={options.round_to} and a floor of {FLOOR:.0%} an axis; "
             "raise the budget, protect less, or allow inexact groups"
         )
-    tries = MAX_SKIPS if options.exact_steps else 1
-    best: tuple[float, Selection] | None = None
-    fixed: list[Chunk] = []
-    while tries and chunks and cost(after([*fixed, *chunks])) <= target:
-        number = _shortest([*fixed, *chunks], len(fixed), lambda taken: cost(after(taken)) <= target) - len(fixed)
-        selection = after([*fixed, *chunks[:number]])
-        reached = cost(selection)
-        if best is None or reached > best[0]:
-            best = (reached, selection)
-        if target - reached <= CLOSE_ENOUGH * target:
+    number = _shortest(chunks, 0, lambda taken: cost(after(taken)) <= target)
+    best = after(chunks[:number])
+    if not options.exact_steps:
+        return best
+    highest, fixed = cost(best), list[Chunk]()
+    for _ in range(MAX_SKIPS):
+        if target - highest <= CLOSE_ENOUGH * target:
             break
         # the last step was a large one: leave it out, and let finer ones close the gap
         fixed += chunks[: number - 1]
         chunks = [chunk for chunk in chunks[number:] if chunk.lump != chunks[number - 1].lump]
-        tries -= 1
-    assert best is not None  # all chunks together meet the target
-    return best[1]
+        if not chunks or cost(after([*fixed, *chunks])) > target:
+            break
+        number = _shortest([*fixed, *chunks], len(fixed), lambda taken: cost(after(taken)) <= target) - len(fixed)
+        selection = after([*fixed, *chunks[:number]])
+        if (reached := cost(selection)) > highest:
+            best, highest = selection, reached
+    return best
 
 
 def _shortest(chunks: Sequence[Chunk], least: int, holds: Callable[[Sequence[Chunk]], bool]) -> int:

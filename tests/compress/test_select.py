@@ -150,3 +150,17 @@ def test_what_saves_nothing_goes_last() -> None:
 def test_a_width_that_is_no_number_is_refused() -> None:
     with pytest.raises(compress.PruneError, match=r"round_to='auto' is not there yet.*such as 8"):
         SelectOptions(round_to="auto")
+
+
+def test_a_measured_cost_that_says_more_the_second_time_still_gives_a_selection() -> None:
+    graph = compress.trace(_model(), image())
+    answers = {}
+
+    def noisy(selection) -> float:
+        removed = sum(len(units) for units in selection.units.values())
+        answers[removed] = answers.get(removed, 0) + 1
+        return 1 - removed / 60 + (answers[removed] - 1)  # as a busy machine would: true first, far too slow after
+
+    scores = [np.linspace(0, 1, int(size)) for size in graph.sizes]
+    selection = select(graph, scores, [1.0] * len(graph.lumps), noisy, 0.7, SelectOptions(exact_steps=False))
+    assert sum(len(units) for units in selection.units.values()) == 18
