@@ -4,7 +4,7 @@ Two modes of PyTorch see the run: one every operator (:class:`TorchDispatchMode`
 arguments that Python gave it (:class:`TorchFunctionMode`), which is where traced integers are still to be seen.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from compress.provenance import AxisSize, Observations, Stored, ValueUse, traced_size
+from compress.provenance import AxisSize, Observations, Stored, TracedInt, ValueUse, traced_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,10 @@ class Trace:
 class Recorder:
     """Gives every tensor its reference and appends operators to the current list."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, run: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]) -> None:
+        """``run(func, args, kwargs)`` gives what the operator gives."""
         self.trace = trace
+        self.run = run
         self.ops: list[Op] = trace.evaluation
         self.refs = WeakTensorKeyDictionary()
         self.num_refs = 0
@@ -137,7 +139,7 @@ class _DispatchRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         arguments = self.recorder.arguments(func, args, kwargs)
-        outputs = func(*args, **kwargs)
+        outputs = self.recorder.run(func, args, kwargs)
         if func.namespace != "prim":
             self.recorder.append(func, arguments, outputs)
         return outputs
@@ -162,6 +164,12 @@ class _FunctionRecorder(TorchFunctionMode):
                 ValueUse(size, "the default scale of attention", query.shape[-1])
             )
         name = getattr(func, "__name__", str(func))
+        if name in _MAKERS:
+            for leaf in tree_leaves(args):
+                if isinstance(leaf, TracedInt):
+                    recorder.trace.observations.value_uses.append(
+                        ValueUse(leaf.expression, f"given to {name}", int(leaf))
+                    )
         outer, recorder.call = recorder.call, _call(name, (*args, *kwargs.values()))
         try:
             return func(*args, **kwargs)
@@ -173,6 +181,7 @@ class _FunctionRecorder(TorchFunctionMode):
         return sizes if dim is None else sizes[dim]
 
 
+_MAKERS = frozenset(("tensor", "new_tensor", "as_tensor", "asarray", "scalar_tensor"))  # of tensors from values
 _SHAPE_GETTER = Tensor.shape.__get__  # type: ignore[attr-defined]
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress.provenance import Stored, traced_integers
 from compress.recorder import Recorder
@@ -91,8 +90,8 @@ def visible_operators() -> Iterator[None]:
             setattr(F, name, function)
 
 
-def substitute(model: nn.Module, recorder: Recorder, fake_mode: FakeTensorMode | None) -> None:
-    """Put fake tensors and traced integers in the place of the model's own, and name every tensor once."""
+def substitute(model: nn.Module, recorder: Recorder, stand_in: Callable[[Tensor], Tensor]) -> None:
+    """Put stand-ins for tensors and traced integers in the place of the model's own, and name every tensor once."""
     stand_ins: dict[int, Tensor] = {}
     for prefix, module in model.named_modules():
         for slots in (module._parameters, module._buffers):
@@ -100,31 +99,30 @@ def substitute(model: nn.Module, recorder: Recorder, fake_mode: FakeTensorMode |
                 if tensor is None:
                     continue
                 if id(tensor) not in stand_ins:
-                    fake = tensor if fake_mode is None else fake_mode.from_tensor(tensor, static_shapes=True)
-                    stand_ins[id(tensor)] = fake
+                    stand_ins[id(tensor)] = stand_in(tensor)
                     name = f"{prefix}.{slot}" if prefix else slot
-                    recorder.trace.parameters[name] = recorder.ref(fake)
+                    recorder.trace.parameters[name] = recorder.ref(stand_ins[id(tensor)])
                     if slots is module._buffers:
                         recorder.trace.buffers.add(name)
                 slots[slot] = stand_ins[id(tensor)]
+
+    def for_tensors(value: Any) -> Any:
+        if isinstance(value, Tensor):  # recurrent layers keep their parameters in a list as well
+            return stand_ins[id(value)] if id(value) in stand_ins else stand_in(value)
+        if type(value) in (list, tuple):
+            return type(value)(for_tensors(item) for item in value)
+        return value
+
     for prefix, module in model.named_modules():
         for name, value in list(vars(module).items()):
             if name in _MODULE_INTERNALS:
                 continue
-            if type(value) in (int, list, tuple, dict):
-                vars(module)[name] = _stand_in(traced_integers(value, Stored(prefix, name)), stand_ins)
+            if type(value) in (int, list, tuple, dict) or isinstance(value, Tensor):
+                vars(module)[name] = for_tensors(traced_integers(value, Stored(prefix, name)))
                 recorder.trace.stored.update(_stored_values(value, Stored(prefix, name)))
 
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
-
-
-def _stand_in(value: Any, stand_ins: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):  # recurrent layers keep their parameters in a list as well
-        return stand_ins.get(id(value), value)
-    if type(value) in (list, tuple):
-        return type(value)(_stand_in(item, stand_ins) for item in value)
-    return value
 
 
 def _stored_values(value: Any, leaf: Stored) -> dict[Stored, int]:

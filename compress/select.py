@@ -1,7 +1,8 @@
 """Choose what goes: the least important channels, in lumps that keep the model consistent, until the budget is met."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,28 @@ CLOSE_ENOUGH = 0.001  # of the budget
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Remove lump ``lump`` ``times`` times; chunks of one lump are taken in order."""
+class Chunks:
+    """The removal order: chunk ``i`` removes lump ``lump[i]`` ``times[i]`` times, shape (chunks,) both.
 
-    lump: int
-    times: int
+    Chunks of one lump are in order, whatever comes between them.
+    """
+
+    lump: Array
+    times: Array
+
+    def __len__(self) -> int:
+        return len(self.lump)
+
+    def __getitem__(self, chosen: slice | npt.NDArray[Any]) -> "Chunks":
+        return Chunks(self.lump[chosen], self.times[chosen])
+
+    def __add__(self, other: "Chunks") -> "Chunks":
+        return Chunks(np.concatenate([self.lump, other.lump]), np.concatenate([self.times, other.times]))
+
+    def per_lump(self) -> dict[int, int]:
+        """How often each lump is removed in all."""
+        total = np.bincount(self.lump, weights=self.times).astype(np.int64)
+        return {int(lump): int(total[lump]) for lump in np.flatnonzero(total)}
 
 
 @dataclass(frozen=True)
@@ -76,13 +94,13 @@ def select(
         BudgetError: the target is below what the floors allow; says the smallest that can be reached.
     """
     order = [np.argsort(values, kind="stable") for values in scores]
-    chunks = list(_feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options))
+    chunks = _feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options)
 
-    def after(taken: Sequence[Chunk]) -> Selection:
-        return _selection(graph, order, _times(taken))
+    def after(taken: Chunks) -> Selection:
+        return _selection(graph, order, taken.per_lump())
 
     if target >= 1:
-        return after([])
+        return after(chunks[:0])
     smallest = cost(after(chunks))
     if smallest > target:
         raise BudgetError(
@@ -94,23 +112,23 @@ def select(
     best = after(chunks[:number])
     if not options.exact_steps:
         return best
-    highest, fixed = cost(best), list[Chunk]()
+    highest, fixed = cost(best), chunks[:0]
     for _ in range(MAX_SKIPS):
         if target - highest <= CLOSE_ENOUGH * target:
             break
         # the last step was a large one: leave it out, and let finer ones close the gap
-        fixed += chunks[: number - 1]
-        chunks = [chunk for chunk in chunks[number:] if chunk.lump != chunks[number - 1].lump]
-        if not chunks or cost(after([*fixed, *chunks])) > target:
+        fixed, last, chunks = fixed + chunks[: number - 1], chunks.lump[number - 1], chunks[number:]
+        chunks = chunks[chunks.lump != last]
+        if not len(chunks) or cost(after(fixed + chunks)) > target:
             break
-        number = _shortest([*fixed, *chunks], len(fixed), lambda taken: cost(after(taken)) <= target) - len(fixed)
-        selection = after([*fixed, *chunks[:number]])
+        number = _shortest(fixed + chunks, len(fixed), lambda taken: cost(after(taken)) <= target) - len(fixed)
+        selection = after(fixed + chunks[:number])
         if (reached := cost(selection)) > highest:
             best, highest = selection, reached
     return best
 
 
-def _shortest(chunks: Sequence[Chunk], least: int, holds: Callable[[Sequence[Chunk]], bool]) -> int:
+def _shortest(chunks: Chunks, least: int, holds: Callable[[Chunks], bool]) -> int:
     """How many chunks it takes until ``holds``, which is false for ``least`` of them and true for all."""
     low, high = least, len(chunks)
     while high - low > 1:
@@ -124,29 +142,31 @@ def smallest(graph: ChannelGraph, savings: Sequence[float], cost: Callable[[Sele
     scores = [np.ones(int(size)) for size in graph.sizes]
     order = [np.arange(int(size), dtype=np.int64) for size in graph.sizes]
     options = SelectOptions()
-    chunks = list(_feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options))
-    return cost(_selection(graph, order, _times(chunks)))
+    chunks = _feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options)
+    return cost(_selection(graph, order, chunks.per_lump()))
 
 
 def _ordered_chunks(
     graph: ChannelGraph, scores: Scores, order: Sequence[Array], savings: Sequence[float], options: SelectOptions
-) -> list[Chunk]:
+) -> Chunks:
     losses = [_losses(g, values[ranks]) for g, values, ranks in zip(graph.groups, scores, order, strict=True)]
-    keyed: list[tuple[float, Chunk]] = []
+    keys: list[npt.NDArray[np.float64]] = []
+    every: list[Chunks] = []
     for index, lump in enumerate(graph.lumps):
         available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
-        taken = 0
-        for times in _steps(graph, index, available, options.round_to):
-            if options.scope == "uniform":
-                key = (taken + times) / available
-            else:
-                key = sum(float(losses[g][(taken + times) * n] - losses[g][taken * n]) for g, n in lump.units.items())
-                saved = times * savings[index]
-                key = key / saved if saved > 0 else np.inf  # a head that runs in training only saves nothing: last
-            taken += times
-            keyed.append((key, Chunk(index, times)))
+        points = _widths(graph, index, available, options.round_to)
+        times = np.diff(points)
+        if options.scope == "uniform":
+            keys.append(points[1:] / available)
+        elif savings[index] > 0:
+            lost = sum(np.diff(losses[g][points * n]) for g, n in lump.units.items())
+            keys.append(lost / (times * savings[index]))
+        else:  # a head that runs in training only saves nothing: last
+            keys.append(np.full(len(times), np.inf))
+        every.append(Chunks(np.full(len(times), index), times))
+    chunks = Chunks(np.concatenate([c.lump for c in every]), np.concatenate([c.times for c in every]))
     # within a lump keys rise, as units are sorted; a stable sort keeps equal ones in order
-    return [chunk for _, chunk in sorted(keyed, key=lambda item: item[0])]
+    return chunks[np.argsort(np.concatenate(keys), kind="stable")]
 
 
 def _losses(group: ChannelGroup, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -164,63 +184,62 @@ def _losses(group: ChannelGroup, values: npt.NDArray[np.float64]) -> npt.NDArray
     return -np.log(np.maximum(stays, np.finfo(float).tiny)) * max(num_layers, 1)
 
 
-def _steps(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Iterator[int]:
-    """How often the lump goes at once, so that the widths which it alone decides become multiples of ``round_to``."""
+def _widths(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Array:
+    """How often the lump may be gone, from 0: where widths that it alone decides are multiples of ``round_to``."""
     units = graph.lumps[lump].units
     lengths = graph.lengths
-    pure: list[tuple[int, int]] = []  # (length, what one lump takes)
-    if round_to > 1:
-        for row in range(lengths.matrix.shape[0]):
-            part = slice(lengths.matrix.indptr[row], lengths.matrix.indptr[row + 1])
-            groups, counts = lengths.matrix.indices[part], lengths.matrix.data[part]
-            if len(groups) and set(groups.tolist()) <= set(units):
-                length = int(lengths.fixed[row] + counts @ graph.sizes[groups])
-                pure.append((length, int(sum(c * units[int(g)] for g, c in zip(groups, counts, strict=True)))))
-    taken = 0
-    while taken < available:
-        times = 1
-        while taken + times < available and any((n - (taken + times) * d) % round_to for n, d in pure):
-            times += 1
-        if any((n - (taken + times) * d) % round_to for n, d in pure):
-            return
-        yield times
-        taken += times
+    gone = np.arange(available + 1, dtype=np.int64)
+    for row in range(lengths.matrix.shape[0]) if round_to > 1 else ():
+        part = slice(lengths.matrix.indptr[row], lengths.matrix.indptr[row + 1])
+        groups, counts = lengths.matrix.indices[part], lengths.matrix.data[part]
+        if len(groups) and set(groups.tolist()) <= set(units):
+            length = int(lengths.fixed[row] + counts @ graph.sizes[groups])
+            taken = int(sum(c * units[int(g)] for g, c in zip(groups, counts, strict=True)))
+            gone = gone[(gone == 0) | ((length - gone * taken) % round_to == 0)]
+    return gone
 
 
-def _feasible(graph: ChannelGraph, chunks: Sequence[Chunk], options: SelectOptions) -> Iterator[Chunk]:
+def _feasible(graph: ChannelGraph, chunks: Chunks, options: SelectOptions) -> Chunks:
     """The chunks that leave every axis long enough; once a chunk does not fit, nor do later ones of its lump."""
-    matrix = graph.lengths.matrix.tocsc()
     length = graph.lengths.fixed + graph.lengths.matrix @ graph.sizes
     least = np.minimum(length, np.maximum(options.min_channels, np.ceil(FLOOR * length))).astype(np.int64)
-    kept = graph.sizes.copy()
-    effects: list[tuple[Array, Array]] = []
-    for lump in graph.lumps:
-        removal = np.zeros(len(kept), dtype=np.int64)
-        removal[list(lump.units)] = list(lump.units.values())
-        effect = matrix @ removal
-        rows = np.flatnonzero(effect)
-        effects.append((rows, effect[rows]))
-    finished: set[int] = set()
-    for chunk in chunks:
-        if chunk.lump in finished:
-            continue
-        rows, effect = effects[chunk.lump]
-        left = length[rows] - chunk.times * effect
-        enough = all(kept[g] >= n * chunk.times for g, n in graph.lumps[chunk.lump].units.items())
-        if not enough or (left < least[rows]).any():
-            finished.add(chunk.lump)
-            continue
-        length[rows] = left
-        for g, n in graph.lumps[chunk.lump].units.items():
-            kept[g] -= n * chunk.times
-        yield chunk
+    removals = np.zeros((len(graph.sizes), len(graph.lumps)), dtype=np.int64)
+    for index, lump in enumerate(graph.lumps):
+        removals[list(lump.units), index] = list(lump.units.values())
+    # what each lump takes of each axis, and of each group, and how much of that may go
+    taken = np.concatenate([graph.lengths.matrix @ removals, removals])
+    room = np.concatenate([length - least, graph.sizes])
+    # one lump alone can go so often:
+    alone = np.where(taken > 0, room[:, None] // np.maximum(taken, 1), np.iinfo(np.int64).max).min(axis=0)
+    sums = _sums_within(chunks)
+    chunks = chunks[sums <= alone[chunks.lump]]
+    # and where all together take no more than there is, that is all
+    scarce = np.flatnonzero(taken @ np.bincount(chunks.lump, chunks.times, len(alone)).astype(np.int64) > room)
+    if not len(scarce):
+        return chunks
+    taken, room, finished, fits = taken[scarce], room[scarce], set[int](), np.ones(len(chunks), dtype=bool)
+    touched = [np.flatnonzero(column) for column in taken.T]
+    for position, (index, times) in enumerate(zip(chunks.lump.tolist(), chunks.times.tolist(), strict=True)):
+        rows = touched[index]
+        left = room[rows] - times * taken[rows, index]
+        if index in finished or (left < 0).any():
+            finished.add(index)
+            fits[position] = False
+        else:
+            room[rows] = left
+    return chunks[fits]
 
 
-def _times(taken: Sequence[Chunk]) -> dict[int, int]:
-    times: dict[int, int] = {}
-    for chunk in taken:
-        times[chunk.lump] = times.get(chunk.lump, 0) + chunk.times
-    return times
+def _sums_within(chunks: Chunks) -> Array:
+    """How often the lump of each chunk is gone after it."""
+    order = np.argsort(chunks.lump, kind="stable")
+    total = np.cumsum(chunks.times[order])
+    lumps = chunks.lump[order]
+    first = np.flatnonzero(np.r_[True, lumps[1:] != lumps[:-1]]) if len(lumps) else np.zeros(0, dtype=np.int64)
+    before = np.repeat(total[first] - chunks.times[order][first], np.diff(np.r_[first, len(lumps)]))
+    sums = np.empty_like(total)
+    sums[order] = total - before
+    return sums
 
 
 def _selection(graph: ChannelGraph, order: Sequence[Array], times: Mapping[int, int]) -> Selection:

@@ -1,6 +1,6 @@
 """Run a model once without arithmetic and write down every ATen operator that it calls.
 
-The model runs on fake tensors (shapes without data) in evaluation and in training mode: auxiliary heads and batch
+The model runs on tensors without data in evaluation and in training mode: auxiliary heads and batch
 statistics exist in training only. Models whose control flow depends on data are run once on real tensors instead.
 Nothing of the model changes: mode, buffers, attributes, caches and random states are as before.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -19,6 +18,7 @@ from compress.errors import TraceError
 from compress.provenance import observing
 from compress.recorder import Call, Op, Recorder, TensorRef, Trace, module_path
 from compress.sandbox import on_meta, substitute, untouched, visible_operators
+from compress.stand_ins import STAND_INS, RealTensors, StandIns
 
 ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -33,20 +33,23 @@ def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = 
     """
     args, kwargs = as_arguments(example_inputs)
     _check_model(model)
-    try:
-        return _record(model, args, kwargs, training=training, real=False)
-    except Exception as fake_error:  # noqa: BLE001  data-dependent control flow, or an operator without a fake kernel
+    failures: list[Exception] = []
+    for make in STAND_INS:
         try:
-            trace = _record(model, args, kwargs, training=training, real=True)
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            where = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith(IN_MODULE))
-            raise TraceError(
-                f"the model does not run on its example inputs ({describe(example_inputs)}){where}: {reason[0]}; "
-                "pass inputs of the shape that the model is used with"
-            ) from error
-        trace.notes.append(f"traced with a real forward pass: {type(fake_error).__name__}")
+            trace = _record(model, args, kwargs, training=training, stand_ins=make())
+        except Exception as problem:  # noqa: BLE001  see the list of stand-ins; the last error is the user's
+            failures.append(problem)
+            continue
+        if trace.real:
+            trace.notes.append(f"traced with a real forward pass: {type(failures[-1]).__name__}")
         return trace
+    error = failures[-1]
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    where = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith(IN_MODULE))
+    raise TraceError(
+        f"the model does not run on its example inputs ({describe(example_inputs)}){where}: {reason[0]}; "
+        "pass inputs of the shape that the model is used with"
+    ) from error
 
 
 def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -88,25 +91,25 @@ def _check_model(model: nn.Module) -> None:
         raise TraceError(f"parameter {lazy} has no shape yet (a lazy module): run the model once on its inputs")
 
 
-def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, real: bool) -> Trace:
-    trace = Trace(real=real)
-    recorder = Recorder(trace)
-    fake_mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+def _record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, stand_ins: StandIns
+) -> Trace:
+    trace = Trace(real=isinstance(stand_ins, RealTensors))
     with untouched(model), visible_operators(), ExitStack() as stack:
+        recorder = Recorder(trace, stand_ins.run)
         trace.observations = stack.enter_context(observing())
-        substitute(model, recorder, fake_mode)
         if on_meta(model):  # a model without data takes inputs without data
             args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-        if fake_mode is not None:
-            args, kwargs = tree_map_only(Tensor, lambda t: fake_mode.from_tensor(t, static_shapes=True), (args, kwargs))
-            stack.enter_context(fake_mode)
+        substitute(model, recorder, stand_ins.of)
+        args, kwargs = tree_map_only(Tensor, stand_ins.of, (args, kwargs))
+        stack.enter_context(stand_ins.context())
         modes = (False, True) if training else (False,)
         for train in modes:
             recorder.ops = trace.training if train else trace.evaluation
             try:
                 _run(model, recorder, args, kwargs, train=train)
             except Exception as error:
-                if not train or (not real and _is_data_dependent(error)):
+                if not train or not trace.real:
                     raise
                 trace.notes.append(f"training mode was not traced: {str(error).splitlines()[0]}")
                 trace.training.clear()
@@ -137,10 +140,6 @@ def _doubled(inputs: Any) -> Any:
     batch = tensors[0].shape[0] if tensors else 0
     twice = lambda t: torch.cat([t, t]) if t.dim() > 0 and t.shape[0] == batch else t  # noqa: E731
     return tree_map_only(Tensor, twice, inputs)
-
-
-def _is_data_dependent(error: Exception) -> bool:
-    return type(error).__module__.startswith("torch._subclasses")
 
 
 __all__ = ["Call", "ExampleInputs", "Op", "TensorRef", "Trace", "as_arguments", "describe", "record", "untouched"]

@@ -25,6 +25,9 @@ UNREACHED = {
         "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
     },
+    "without data PyTorch takes attention apart; models that are traced with a real forward pass come here": {
+        "_scaled_dot_product_flash_attention_for_cpu"
+    },
     "drawn at random for every channel, so that two runs cannot be compared: see test_pooling": {
         "fractional_max_pool2d"
     },

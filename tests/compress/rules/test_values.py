@@ -19,6 +19,7 @@ SEEN = {
     "float": lambda x: x * float(x.shape[1]),
     "half": lambda x: x * (x.size(1) * 0.5),
     "new tensor": lambda x: x / x.new_tensor(x.shape[1]),
+    "tensor": lambda x: x / torch.tensor(x.shape[1]),
     "full": lambda x: x / torch.full((1,), x.shape[1]),
     "range": lambda x: x * torch.arange(x.shape[1])[-1],
     "comparison": lambda x: x * 2 if x.shape[1] == 11 else x,
@@ -27,7 +28,6 @@ SEEN = {
 HIDDEN = {
     "numpy": lambda x: x / float(np.sqrt(x.size(1))),
     "reciprocal": lambda x: x * (1.0 / x.size(1)),
-    "tensor": lambda x: x / torch.tensor(x.shape[1]),
     "number of elements": lambda x: x / x.numel(),
     "length": lambda x: x / len(x[0]),
     "text": lambda x: x * int(str(x.shape[1])),
