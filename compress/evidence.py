@@ -17,7 +17,7 @@ from compress.errors import CalibrationError, PruneError
 from compress.labels import FIXED, Array, Labels, Read
 from compress.recorder import Trace
 from compress.rules import propagate
-from compress.sandbox import on_meta, untouched, visible_operators
+from compress.sandbox import untouched, visible_operators
 from compress.trace import ExampleInputs, as_arguments, record
 
 Values = npt.NDArray[np.float64]
@@ -59,18 +59,20 @@ class Evidence:
 
         Those are the slices of the group's producers (matrices and kernels); where there are none, of all members.
         """
-        if on_meta(self.model):
+        found = [(m, t) for m, t in self.members(group) if t.is_floating_point()]
+        if any(t.is_meta for _, t in found):
             raise PruneError(
                 "weights on the meta device have no values to rank by: load them, or plan with criterion='random'"
             )
-        found = [(m, t) for m, t in self.members(group) if t.is_floating_point()]
         makers = [(m, t) for m, t in found if m.role == "producer" and t.dim() > 1] or found
         total, count = np.zeros(group.num_units), 0
         for member, tensor in makers:
-            rows = tensor.movedim(member.axis, 0).reshape(tensor.shape[member.axis], -1)
-            sums = rows.double().abs().pow(power).sum(dim=1).cpu().numpy()
+            others = [axis for axis in range(tensor.dim()) if axis != member.axis]
+            # the norm is one pass in double precision without a copy of the tensor
+            norms = torch.linalg.vector_norm(tensor, power, others, dtype=torch.float64) if others else tensor.abs()
+            sums = norms.double().cpu().numpy() ** power
             total += sums[member.indices].sum(axis=1)
-            count += rows.shape[1] * member.indices.shape[1]
+            count += tensor.numel() // tensor.shape[member.axis] * member.indices.shape[1]
         return total / max(count, 1)
 
     def activation_mean(self, group: ChannelGroup, statistic: str) -> Values:

@@ -188,8 +188,8 @@ class _Attempt:
         """Lumps of the selection whose removal breaks the model; none if all is well."""
         lumps = list(selection.lumps)
         exact = [i for i in lumps if all(self.graph.groups[g].exact for g in self.graph.lumps[i].units)]
-        for parts in (lumps, exact) if len(exact) < len(lumps) else (lumps,):
-            # inexact parts can only be run; what is exact is compared by numbers as well
+        for parts in (exact, lumps) if len(exact) < len(lumps) else (lumps,):
+            # what is exact is compared by numbers, the rest can only be run; all comes last, as it is what is wanted
             if parts and not self._holds(selection, parts):
                 return culprits(parts, lambda some: self._holds(selection, some))
         return []
@@ -200,7 +200,7 @@ class _Attempt:
             pruned, plan = self.pruned(part)
         except PruneError:
             return False
-        return agrees(self.model, plan, pruned, self.inputs)
+        return agrees(self.model, plan, pruned, self.inputs, self.graph.trace)
 
     def _latency(self, selection: Selection) -> float:
         pruned, _ = self.pruned(selection)

@@ -67,12 +67,16 @@ class Op:
 
 @dataclass
 class Trace:
-    """Everything that one model did in one or two runs. ``parameters`` names buffers too, ``buffers`` says which."""
+    """Everything that one model did in one or two runs. ``parameters`` names buffers too, ``buffers`` says which.
+
+    ``shapes`` are those of the outputs in evaluation mode, ``outputs`` holds the outputs of both.
+    """
 
     parameters: dict[str, TensorRef] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     inputs: list[TensorRef] = field(default_factory=list)
     outputs: list[TensorRef] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
     evaluation: list[Op] = field(default_factory=list)
     training: list[Op] = field(default_factory=list)
     observations: Observations = field(default_factory=Observations)

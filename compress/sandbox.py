@@ -1,6 +1,5 @@
 """Let a model run in a way that leaves no trace in it: stand-ins for its tensors and integers, everything put back."""
 
-import copy
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     # parameters, hooks and caches live in containers that are changed in place
-    containers = [(value, copy.copy(value)) for found in attributes for value in found.values() if _mutable(value)]
+    containers = [(v, v.copy()) for found in attributes for v in found.values() if isinstance(v, dict | list | set)]
     data = {id(b): (b, b.detach().clone()) for b in model.buffers() if not b.is_meta}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  (the global state is what is kept)
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
@@ -57,10 +56,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def on_meta(model: nn.Module) -> bool:
     """Whether the model has shapes but no values (``torch.device("meta")``)."""
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _mutable(value: object) -> bool:
-    return isinstance(value, dict | list | set)
 
 
 @contextmanager

@@ -131,8 +131,16 @@ def _run(model: nn.Module, recorder: "Recorder", args: tuple[Any, ...], kwargs: 
             if recorder.path and recorder.path[-1]:
                 error.add_note(IN_MODULE + recorder.path[-1])
             raise
+    tensors = output_tensors(outputs)
+    recorder.trace.outputs.extend(recorder.ref(tensor) for tensor in tensors)
+    if not train:
+        recorder.trace.shapes = [tuple(tensor.shape) for tensor in tensors]
+
+
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """All tensors in what a model returned, in order; some libraries return dataclasses that are mappings."""
     leaves = tree_leaves(dict(outputs) if isinstance(outputs, Mapping) else outputs)
-    recorder.trace.outputs.extend(recorder.ref(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _doubled(inputs: Any) -> Any:
