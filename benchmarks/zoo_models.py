@@ -55,7 +55,7 @@ TIMM_TRANSFORMERS: dict[str, int | None] = dict.fromkeys((
     "davit_tiny", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224",
     "efficientformer_l1", "efficientformerv2_s0", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0",
     "eva02_tiny_patch14_224", "fastvit_t8", "flexivit_small", "focalnet_tiny_srf", "gcvit_xxtiny",
-    "gmixer_12_224", "halonet26t", "hiera_tiny_224", "iformer_t", "lambda_resnet26t",
+    "gmixer_12_224", "halonet26t", "hiera_tiny_224", "hieradet_small", "iformer_t", "lambda_resnet26t",
     "levit_128s", "levit_conv_128s", "lowformer_b0", "maxvit_pico_rw_256", "maxxvit_rmlp_nano_rw_256",
     "mixer_s32_224", "mobilenetv4_hybrid_medium", "mobilevit_xxs", "mobilevitv2_050", "mvitv2_tiny",
     "naflexvit_base_patch16_gap", "nest_tiny", "nextvit_small", "pit_ti_224", "poolformer_s12", "poolformerv2_s12",
@@ -64,7 +64,7 @@ TIMM_TRANSFORMERS: dict[str, int | None] = dict.fromkeys((
     "tiny_vit_5m_224", "tnt_s_patch16_224", "twins_pcpvt_small", "twins_svt_small", "visformer_tiny",
     "vit_relpos_small_patch16_224", "vit_srelpos_small_patch16_224", "vit_tiny_patch16_224",
     "vit_tiny_r_s16_p8_224", "vitamin_small_224", "volo_d1_224", "xcit_nano_12_p16_224",
-)) | {"hieradet_small": 256}  # fmt: skip
+))  # fmt: skip
 VISION_TRANSFORMERS = ("vit_", "swin", "maxvit", "mvit")  # how names of torchvision's transformers begin
 
 
@@ -130,6 +130,8 @@ def _timm() -> Iterator[Entry]:
             own = tuple(default.input_size) if default else (3, 224, 224)
             shape = own if pixels is None else (3, pixels, pixels)
             options: dict[str, Any] = {"img_size": pixels} if pixels and is_transformer else {}
+            if default and not default.num_classes:  # where features are the output, whole streams cannot shrink
+                options["num_classes"] = 1000
             yield Entry(
                 "timm",
                 name,

@@ -220,9 +220,12 @@ class Labels:
             self.frozen.append(Mark(live, why))
 
     def mix(self, labels: Array, why: str) -> None:
-        """An operator mixes these channels in a way that zero does not undo: removing any is not exact."""
+        """An operator mixes these channels in a way that zero does not undo: removing any is not exact.
+
+        Exactness is about evaluation mode; what mixes in training mode alone does not count.
+        """
         live = labels[labels != FIXED]
-        if len(live):
+        if len(live) and not self.in_training:
             self.mixed.append(Mark(live, why))
 
     def equate(self, expression: Expression | None, labels: Array, why: str) -> None:

@@ -3,7 +3,7 @@
 from compress.labels import Labels
 from compress.origins import origin, origins
 from compress.recorder import Op, TensorRef
-from compress.rules.registry import NoRule, rule
+from compress.rules.registry import NoRule, base_name, rule
 
 
 @rule(
@@ -12,9 +12,16 @@ from compress.rules.registry import NoRule, rule
     "_native_batch_norm_legit_functional", "_batch_norm_with_update_functional",
 )  # fmt: skip
 def batch_norm(labels: Labels, op: Op) -> None:
-    """x (N, C, *): weight, bias and statistics follow the channels."""
+    """x (N, C, *): weight, bias and statistics follow the channels. Statistics of x itself are taken over other axes.
+
+    Those hold no channels in a network's batch norm; some networks standardise their weights by this operator.
+    """
     source = op.tensors[0]
     axes = labels[source]
+    if op.arguments.get("training", base_name(op).removesuffix("_functional").endswith(("_legit", "with_update"))):
+        for axis, labels_of_axis in enumerate(axes):
+            if axis != 1:
+                labels.mix(labels_of_axis, f"operator {op} takes its statistics over the axis")
     for ref in op.tensors[1:]:
         if ref.shape != (source.shape[1],):
             raise NoRule(f"a statistic of shape {ref.shape}")
