@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compress.provenance import AxisSize, Expression, Stored
+from compress.provenance import AxisSize, Expression, Stored, leaves
 from compress.recorder import Op, TensorRef
 
 Array = npt.NDArray[np.int64]
@@ -159,6 +159,12 @@ class Labels:
         axes = self._of.get(leaf.tensor)
         return axes[leaf.axis] if axes is not None else self.fixed(0)
 
+    def may_change(self, expression: Expression | None) -> bool:
+        """Whether an integer of this origin can change: stored on a module, or read off an axis that can shrink."""
+        return expression is None or any(
+            isinstance(leaf, Stored) or (self.of_axis(leaf) != FIXED).any() for leaf in leaves(expression)
+        )
+
     def is_weight(self, ref: TensorRef) -> bool:
         """Whether the tensor is a parameter or buffer, or computed from nothing else."""
         return ref.id in self._weights
@@ -220,12 +226,9 @@ class Labels:
             self.frozen.append(Mark(live, why))
 
     def mix(self, labels: Array, why: str) -> None:
-        """An operator mixes these channels in a way that zero does not undo: removing any is not exact.
-
-        Exactness is about evaluation mode; what mixes in training mode alone does not count.
-        """
+        """An operator mixes these channels in a way that zero does not undo: removing any is not exact."""
         live = labels[labels != FIXED]
-        if len(live) and not self.in_training:
+        if len(live):
             self.mixed.append(Mark(live, why))
 
     def equate(self, expression: Expression | None, labels: Array, why: str) -> None:

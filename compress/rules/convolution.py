@@ -70,9 +70,10 @@ def _grouped(labels: Labels, op: Op, source: Array, weight: tuple[Array, Array],
             labels.link(blocks[:, 0], column, str(op))
     labels.link(inputs[:, 0], stacked[:, 0], str(op))
     labels.equate(origin(op, "groups"), inputs[:, 0], str(op))
-    if FIXED in inputs:
-        labels.freeze(inputs.reshape(-1), f"operator {op}: a group holds a fixed channel")
-    return rows if not transposed else np.repeat(stacked[:, 0], per_group_out)
+    whole = (inputs == FIXED).any(axis=1)
+    labels.freeze(inputs[whole].reshape(-1), f"operator {op}: a group holds a fixed channel")
+    result = rows if not transposed else np.repeat(stacked[:, 0], per_group_out)
+    return np.where(np.repeat(whole, per_group_out), FIXED, result)  # fixed at once: later operators see it
 
 
 def _ref(op: Op, *names: str) -> TensorRef:

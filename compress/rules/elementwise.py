@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from compress.labels import Array, Labels
+import numpy as np
+
+from compress.labels import FIXED, Array, Labels
 from compress.recorder import Op, TensorRef
 from compress.rules.registry import NoRule, rule
 
@@ -20,7 +22,10 @@ def pointwise(labels: Labels, op: Op) -> None:
 
 
 def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int], why: str) -> list[Array]:
-    """Labels of the result of broadcasting ``tensors`` to ``shape``; axes of full length are linked."""
+    """Labels of the result of broadcasting ``tensors`` to ``shape``; axes of full length are linked.
+
+    What meets a fixed element is fixed at once, so that later operators do not take it for one that could shrink.
+    """
     result: list[Array | None] = [None] * len(shape)
     for ref in tensors:
         offset = len(shape) - len(ref.shape)
@@ -35,6 +40,7 @@ def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int]
                 result[offset + axis] = axis_labels
             else:
                 labels.link(known, axis_labels, why)
+                result[offset + axis] = np.where(axis_labels == FIXED, FIXED, known)
     return [labels.fixed(n) if found is None else found for found, n in zip(result, shape, strict=True)]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from compress.labels import FIXED, Array, Labels, Split
 from compress.origins import origins
-from compress.provenance import Expression
+from compress.provenance import Expression, expression_of
 from compress.recorder import Op
 from compress.rules.registry import NoRule, rule
 
@@ -125,12 +125,19 @@ def expand(labels: Labels, op: Op) -> None:
         old = labels[source][position - offset] if position >= offset else labels.fixed(1)
         if len(old) == length:
             axes.append(old)
-        elif isinstance(size, int):
+        elif not _may_change(labels, op, size, length):
             axes.append(labels.fixed(length))
         else:
             axes.append(labels.fresh(length))
             labels.equate(size, axes[-1], str(op))
     labels.set(output, axes)
+
+
+def _may_change(labels: Labels, op: Op, size: Expression | None, length: int) -> bool:
+    given = [expression_of(number) for number in (op.call.flat if op.call else ()) if int(number) == length]
+    if size is not None or not given:
+        return labels.may_change(size)
+    return any(labels.may_change(number) for number in given)  # x.repeat_interleave(n, dim) expands by n inside
 
 
 @rule("as_strided")
