@@ -14,14 +14,20 @@ from typing import Any
 
 import torch
 
+from compress.containers import Path, Step, changed, parts
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An integer kept on a module: attribute ``name`` of module ``module``, at ``path`` inside nested sequences."""
+    """An integer kept on a module: attribute ``name`` of module ``module``, at ``path`` inside what that is."""
 
     module: str
     name: str
-    path: tuple[int | str, ...] = ()
+    path: Path = ()
+
+    def at(self, step: Step) -> "Stored":
+        """One step further inside."""
+        return Stored(self.module, self.name, (*self.path, step))
 
     def __str__(self) -> str:
         inside = "".join(f"[{step!r}]" for step in self.path)
@@ -203,15 +209,15 @@ def traced_size(tensor: int, shape: torch.Size) -> torch.Size:
 
 
 def traced_integers(value: Any, leaf: Stored) -> Any:
-    """``value`` with every plain integer in it (nested lists, tuples and dicts) traced to its place below ``leaf``."""
+    """``value`` with every plain integer in it (also in containers) traced to its place below ``leaf``."""
     if type(value) is int:
         return TracedInt(value, leaf)
-    if type(value) in (list, tuple):
-        return type(value)(traced_integers(v, _below(leaf, i)) for i, v in enumerate(value))
-    if type(value) is dict:
-        return {k: traced_integers(v, _below(leaf, k)) if isinstance(k, int | str) else v for k, v in value.items()}
-    return value
+    return changed(value, lambda step, item: traced_integers(item, leaf.at(step)))
 
 
-def _below(leaf: Stored, step: int | str) -> Stored:
-    return Stored(leaf.module, leaf.name, (*leaf.path, step))
+def stored_integers(value: Any, leaf: Stored) -> Iterator[tuple[Stored, int]]:
+    """All plain integers in ``value``, which lies at ``leaf``."""
+    if type(value) is int:
+        yield leaf, value
+    for step, item in parts(value):
+        yield from stored_integers(item, leaf.at(step))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.provenance import Stored, traced_integers
+from compress.containers import Step, changed
+from compress.provenance import Stored, stored_integers, traced_integers
 from compress.recorder import Recorder
 
 
@@ -101,31 +102,16 @@ def substitute(model: nn.Module, recorder: Recorder, stand_in: Callable[[Tensor]
                         recorder.trace.buffers.add(name)
                 slots[slot] = stand_ins[id(tensor)]
 
-    def for_tensors(value: Any) -> Any:
+    def for_tensors(_: Step, value: Any) -> Any:
         if isinstance(value, Tensor):  # recurrent layers keep their parameters in a list as well
             return stand_ins[id(value)] if id(value) in stand_ins else stand_in(value)
-        if type(value) in (list, tuple):
-            return type(value)(for_tensors(item) for item in value)
-        return value
+        return changed(value, for_tensors)
 
     for prefix, module in model.named_modules():
         for name, value in list(vars(module).items()):
-            if name in _MODULE_INTERNALS:
-                continue
-            if type(value) in (int, list, tuple, dict) or isinstance(value, Tensor):
-                vars(module)[name] = for_tensors(traced_integers(value, Stored(prefix, name)))
-                recorder.trace.stored.update(_stored_values(value, Stored(prefix, name)))
+            if name not in _MODULE_INTERNALS:
+                vars(module)[name] = for_tensors(name, traced_integers(value, Stored(prefix, name)))
+                recorder.trace.stored.update(stored_integers(value, Stored(prefix, name)))
 
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
-
-
-def _stored_values(value: Any, leaf: Stored) -> dict[Stored, int]:
-    if type(value) is int:
-        return {leaf: value}
-    items = enumerate(value) if type(value) in (list, tuple) else value.items() if type(value) is dict else ()
-    found: dict[Stored, int] = {}
-    for key, item in items:
-        if isinstance(key, int | str):
-            found.update(_stored_values(item, Stored(leaf.module, leaf.name, (*leaf.path, key))))
-    return found

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.containers import Path, changed, part
 from compress.errors import PruneError
 from compress.labels import Array
 from compress.plan import PrunePlan, StoredValue
@@ -113,8 +114,8 @@ def _checked_tensors(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
         try:
             current = getattr(model.get_submodule(value.module), value.name)
             for step in value.path:
-                current = current[step]
-        except (AttributeError, KeyError, IndexError, TypeError) as error:
+                current = part(current, step)
+        except (AttributeError, LookupError) as error:
             name = f"{value.module}.{value.name}".lstrip(".")
             raise PruneError(
                 f"the plan changes {name!r}, which the model does not have: is it another class?"
@@ -153,15 +154,10 @@ def _set_integer(model: nn.Module, value: StoredValue) -> None:
     object.__setattr__(module, value.name, new)
 
 
-def _with(container: object, path: tuple[int | str, ...], value: int) -> object:
+def _with(container: object, path: Path, value: int) -> object:
     if not path:
         return value
-    step = path[0]
-    if isinstance(container, dict):
-        return {**container, step: _with(container[step], path[1:], value)}
-    items = list(container)  # type: ignore[call-overload]
-    items[step] = _with(items[step], path[1:], value)
-    return items if isinstance(container, list) else tuple(items)
+    return changed(container, lambda step, item: _with(item, path[1:], value) if step == path[0] else item)
 
 
 def _describe_modules(model: nn.Module) -> None:
