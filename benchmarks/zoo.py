@@ -9,7 +9,7 @@ Each model runs in a process of its own, on one thread, within a time limit. Pro
 JSON a model; a model that was examined with the same sources of ``compress`` is not examined again. The table in
 docs/zoo.md is written from the results: ``python benchmarks/zoo_table.py``.
 
-With ``--peer``, Torch-Pruning prunes half of the channels of the same models, under the same limit.
+With ``--peer``, Torch-Pruning prunes half of the channels of the same models, within 90 s each.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def _flags() -> argparse.ArgumentParser:
     flags = parser(__file__, "prune every architecture to half of its MACs, and check the result")
     flags.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     flags.add_argument("--only", nargs="+", default=[], metavar="NAME", help="NAME or FAMILY:NAME")
-    flags.add_argument("--limit-seconds", type=float, default=90.0, help="for each process")
+    flags.add_argument("--limit-seconds", type=float, default=600.0, help="for each process")
+    flags.add_argument("--peer-seconds", type=float, default=90.0, help="the same for Torch-Pruning")
     flags.add_argument("--jobs", type=int, default=1, help="processes at a time, one thread each")
     flags.add_argument("--peer", action="store_true", help="run Torch-Pruning as well")
     flags.add_argument("--fresh", action="store_true", help="examine again what was examined")
@@ -125,7 +126,7 @@ def _sweep(chosen: Sequence[Entry], config: argparse.Namespace) -> list[Result]:
             result = {"model": name_of(entry), "size": entry.size, "engine": engine, "peer": result.get("peer")}
             result |= in_a_process(entry, config.limit_seconds)
         if config.peer and not result["peer"]:
-            result["peer"] = in_a_process(entry, config.limit_seconds, "--peer")
+            result["peer"] = in_a_process(entry, config.peer_seconds, "--peer")
         if result is not known.get(name_of(entry)):
             with config.progress.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")

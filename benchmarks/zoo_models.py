@@ -34,12 +34,12 @@ DETECTION_SIZE = 320  # also the size that the models resize to
 SEGMENTATION_SIZE = 128
 FLOW_SIZE = 128  # the least that RAFT takes
 
-# One small model a family of timm; the value is the input size where it is not the model's own. gMLP is in the first
-# list, which is not pruned with exact_only: the norm before each of its gates sees every channel.
+# One small model a family of timm; the value is the input size where it is not the model's own. gMLP and CSATv2 are in
+# the first list, which is not pruned with exact_only: norms before the gates, or over hidden layers, see every channel.
 TIMM_CONVOLUTIONAL: dict[str, int | None] = dict.fromkeys((
     "bat_resnext26ts", "convnext_atto", "convnextv2_atto", "cs3darknet_s", "cspdarknet53", "cspnext_tiny",
-    "cspresnet50", "cspresnext50", "darknet53", "densenet121", "dla34", "dla60_res2net", "dpn48b", "ecaresnet26t",
-    "eca_resnext26ts", "edgenext_xx_small", "efficientnet_b0", "efficientnet_lite0", "ese_vovnet19b_slim_dw",
+    "csatv2", "cspresnet50", "cspresnext50", "darknet53", "densenet121", "dla34", "dla60_res2net", "dpn48b",
+    "ecaresnet26t", "eca_resnext26ts", "edgenext_xx_small", "efficientnet_b0", "efficientnet_lite0", "ese_vovnet19b_slim_dw",
     "fasternet_t0", "fbnetc_100", "fbnetv3_b", "gcresnext26ts", "gernet_s", "ghostnet_050", "ghostnetv2_100",
     "ghostnetv3_050", "gmlp_ti16_224", "hardcorenas_a", "hgnet_tiny", "hgnetv2_b0", "hrnet_w18_small",
     "inception_next_atto", "inception_v4", "lcnet_050", "lcnetv2_small", "legacy_seresnet18", "legacy_xception",
@@ -51,7 +51,7 @@ TIMM_CONVOLUTIONAL: dict[str, int | None] = dict.fromkeys((
 )) | {"convmixer_768_32": 96, "dm_nfnet_f0": 128, "inception_resnet_v2": 160, "pnasnet5large": 128}  # fmt: skip
 TIMM_TRANSFORMERS: dict[str, int | None] = dict.fromkeys((
     "beit_base_patch16_224", "botnet26t_256", "caformer_s18", "cait_xxs24_224", "coat_lite_tiny", "coat_tiny",
-    "coatnet_nano_rw_224", "convformer_s18", "convit_tiny", "cpubone_nano", "crossvit_tiny_240", "csatv2",
+    "coatnet_nano_rw_224", "convformer_s18", "convit_tiny", "cpubone_nano", "crossvit_tiny_240",
     "davit_tiny", "deit3_small_patch16_224", "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224",
     "efficientformer_l1", "efficientformerv2_s0", "efficientvim_m1", "efficientvit_b0", "efficientvit_m0",
     "eva02_tiny_patch14_224", "fastvit_t8", "flexivit_small", "focalnet_tiny_srf", "gcvit_xxtiny",

@@ -142,7 +142,7 @@ def _freeze_values(labels: Labels, trace: Trace) -> None:
 
 def _keep_value(labels: Labels, expression: Expression, value: int, why: str) -> None:
     """What is computed with must not change; of ``C // heads`` both may, as long as the quotient stays."""
-    if isinstance(expression, Computed):
+    if isinstance(expression, Computed) and value >= 0:
         labels.equations.append(SizeEquation(expression, labels.fixed(value), why))
     else:
         _pin(labels, expression, why)

@@ -15,6 +15,7 @@ SEEN = {
     "power": lambda x: x * x.shape[1] ** -0.5,
     "square root": lambda x: x / math.sqrt(x.shape[1]),
     "divide": lambda x: x / x.shape[1],
+    "negative": lambda x: x * (3 - x.shape[1]),
     "multiply": lambda x: x * x.size(1),
     "float": lambda x: x * float(x.shape[1]),
     "half": lambda x: x * (x.size(1) * 0.5),
