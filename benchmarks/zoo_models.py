@@ -39,7 +39,8 @@ FLOW_SIZE = 128  # the least that RAFT takes
 TIMM_CONVOLUTIONAL: dict[str, int | None] = dict.fromkeys((
     "bat_resnext26ts", "convnext_atto", "convnextv2_atto", "cs3darknet_s", "cspdarknet53", "cspnext_tiny",
     "csatv2", "cspresnet50", "cspresnext50", "darknet53", "densenet121", "dla34", "dla60_res2net", "dpn48b",
-    "ecaresnet26t", "eca_resnext26ts", "edgenext_xx_small", "efficientnet_b0", "efficientnet_lite0", "ese_vovnet19b_slim_dw",
+    "ecaresnet26t", "eca_resnext26ts", "edgenext_xx_small", "efficientnet_b0", "efficientnet_lite0",
+    "ese_vovnet19b_slim_dw",
     "fasternet_t0", "fbnetc_100", "fbnetv3_b", "gcresnext26ts", "gernet_s", "ghostnet_050", "ghostnetv2_100",
     "ghostnetv3_050", "gmlp_ti16_224", "hardcorenas_a", "hgnet_tiny", "hgnetv2_b0", "hrnet_w18_small",
     "inception_next_atto", "inception_v4", "lcnet_050", "lcnetv2_small", "legacy_seresnet18", "legacy_xception",
