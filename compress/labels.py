@@ -128,6 +128,7 @@ class Labels:
         self.producers: list[Array] = []
         self.consumers: list[Array] = []
         self.reads: list[Read] = []
+        self.pointing: list[tuple[TensorRef, Mark]] = []
         self.products: list[Product] = []
         self.pinned: set[Stored] = set()
         self.num_labels = 1
@@ -224,6 +225,12 @@ class Labels:
         live = labels[labels != FIXED]
         if len(live):
             self.frozen.append(Mark(live, why))
+
+    def positions(self, ref: TensorRef, labels: Array, why: str) -> None:
+        """``ref`` holds positions among ``labels``: if anything uses it, none of them can go."""
+        live = labels[labels != FIXED]
+        if len(live):
+            self.pointing.append((ref, Mark(live, why)))
 
     def mix(self, labels: Array, why: str) -> None:
         """An operator mixes these channels in a way that zero does not undo: removing any is not exact."""

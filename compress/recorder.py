@@ -19,7 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from compress.provenance import AxisSize, Observations, Stored, TracedInt, ValueUse, traced_size
+from compress.provenance import (
+    AxisSize,
+    Observations,
+    SizeComparison,
+    Stored,
+    TracedInt,
+    ValueUse,
+    expression_of,
+    traced_size,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +176,8 @@ class _FunctionRecorder(TorchFunctionMode):
             recorder.trace.observations.value_uses.append(
                 ValueUse(size, "the default scale of attention", query.shape[-1])
             )
+        if func is torch.rms_norm:  # it asks that these be the last sizes of its input, and is taken apart
+            self._same_sizes(*args[:2])
         name = getattr(func, "__name__", str(func))
         if name in _MAKERS:
             for leaf in tree_leaves(args):
@@ -179,6 +190,12 @@ class _FunctionRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             recorder.call = outer
+
+    def _same_sizes(self, tensor: Tensor, sizes: Sequence[int]) -> None:
+        ref = self.recorder.ref(tensor)
+        for axis, size in enumerate(sizes, start=len(ref.shape) - len(sizes)):
+            comparison = SizeComparison(expression_of(size), AxisSize(ref.id, axis))
+            self.recorder.trace.observations.comparisons.append(comparison)
 
     def _size(self, tensor: Tensor, dim: int | None = None) -> Any:
         sizes = traced_size(self.recorder.ref(tensor).id, tensor.shape)

@@ -1,7 +1,8 @@
 """What a model runs on while it is traced: tensors without data, of three kinds from the fastest to the surest."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -52,8 +53,15 @@ class FakeTensors:
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def context(self) -> AbstractContextManager[Any]:
-        return self.mode
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        logger = logging.getLogger(FakeTensorMode.__module__)
+        before, logger.disabled = logger.disabled, True  # it logs what it raises; what it cannot do is done for real
+        try:
+            with self.mode:
+                yield
+        finally:
+            logger.disabled = before
 
 
 class RealTensors:

@@ -27,6 +27,7 @@ from compress.rules import (  # noqa: F401  (importing a family registers its ru
     pooling,
     reductions,
     shape,
+    spectral,
 )
 from compress.rules.decisions import Place, revised
 from compress.rules.elementwise import pointwise
@@ -61,7 +62,7 @@ def _walk(trace: Trace, decisions: dict[Place, int]) -> Labels:
     for ref in trace.outputs:
         for axis in labels[ref]:
             labels.freeze(axis, "output of the model")
-    _freeze_untouched(labels, trace)
+    _freeze_by_use(labels, trace)
     _keep_comparisons(labels, trace)
     _freeze_values(labels, trace)
     return labels
@@ -110,8 +111,10 @@ def _freeze_scalars(labels: Labels, op: Op) -> None:
                 _keep_value(labels, traced.expression, int(traced), f"a size is a value in operator {op}")
 
 
-def _freeze_untouched(labels: Labels, trace: Trace) -> None:
+def _freeze_by_use(labels: Labels, trace: Trace) -> None:
     touched = {ref.id for op in trace.ops for ref in op.tensors}
+    touched |= {ref.id for ref in trace.outputs}
+    labels.frozen += [mark for ref, mark in labels.pointing if ref.id in touched]
     for name, ref in trace.parameters.items():
         if ref.id not in touched:
             for axis in labels[ref]:

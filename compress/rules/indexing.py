@@ -1,6 +1,8 @@
 """Look-ups: embeddings, gathers and indices. The indexed axis is frozen, the others pass."""
 
-from compress.labels import Labels
+import torch
+
+from compress.labels import Array, Labels
 from compress.recorder import Op, TensorRef
 from compress.rules.elementwise import broadcast
 from compress.rules.registry import NoRule, rule
@@ -29,22 +31,52 @@ def index_select(labels: Labels, op: Op) -> None:
 @rule("index")
 def index(labels: Labels, op: Op) -> None:
     """``x[i, :, j]`` with index tensors: indexed axes are frozen, and the axes of the indices take their place."""
-    source = op.tensors[0]
-    axes = labels[source]
-    indices = op.arguments["indices"]
-    used = [axis for axis, given in enumerate(indices) if isinstance(given, TensorRef)]
-    if not used or any(len(indices[axis].shape) == 0 for axis in used):
+    axes, first, num_new = _passing_axes(labels, op)
+    shape = op.outputs[0].shape[first : first + num_new]
+    indices = [given for given in op.arguments["indices"] if isinstance(given, TensorRef)]
+    masks = any(_is_mask(given) for given in indices)  # how many positions those hold is data
+    new = [labels.fixed(n) for n in shape] if masks else broadcast(labels, indices, shape, str(op))
+    labels.set(op.outputs[0], [*axes[:first], *new, *axes[first:]])
+
+
+@rule("index_put")
+def index_put(labels: Labels, op: Op) -> None:
+    """``x[i, :, j] = values``: indexed axes are frozen; the others meet those of the values, which may broadcast."""
+    axes, first, num_new = _passing_axes(labels, op)
+    place: list[Array | None] = [*axes[:first], *[None] * num_new, *axes[first:]]
+    values = labels[op.arguments["values"]]
+    for given, axis in zip(values, place[len(place) - len(values) :], strict=True):
+        if axis is None:
+            labels.freeze(given, f"operator {op} puts positions along the axis")
+        elif len(given) != 1:
+            labels.link(axis, given, str(op))
+    labels.set(op.outputs[0], labels[op.tensors[0]])
+
+
+def _passing_axes(labels: Labels, op: Op) -> tuple[list[Array], int, int]:
+    """Of ``x[indices]``: labels of the axes without an index, where among them new axes go, and how many.
+
+    Indexed axes are frozen. A mask of several axes stands for as many.
+    """
+    axes = labels[op.tensors[0]]
+    used: list[int] = []
+    position = num_new = 0
+    for given in op.arguments["indices"]:
+        width = len(given.shape) if given is not None and _is_mask(given) else 1
+        if given is not None:
+            used += range(position, position + width)
+            num_new = max(num_new, 1 if _is_mask(given) else len(given.shape))
+        position += width
+    if not used or not num_new:
         raise NoRule("an index without an axis")
     for axis in used:
         labels.freeze(axes[axis], f"operator {op} picks positions along the axis")
-    passing = [axis for axis in range(len(axes)) if axis not in used]
-    shape = op.outputs[0].shape
-    num_new = len(shape) - len(passing)
     together = used == list(range(used[0], used[-1] + 1))
-    first = used[0] if together else 0  # where the axes of the indices go
-    new = broadcast(labels, [indices[axis] for axis in used], shape[first : first + num_new], str(op))
-    kept = [axes[axis] for axis in passing]
-    labels.set(op.outputs[0], [*kept[:first], *new, *kept[first:]])
+    return [axis for i, axis in enumerate(axes) if i not in used], used[0] if together else 0, num_new
+
+
+def _is_mask(index: TensorRef) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
 
 
 @rule("gather", "scatter", "scatter_add", "index_add", "index_copy", "index_fill")

@@ -5,6 +5,8 @@ from compress.recorder import Op
 from compress.rules.elementwise import pointwise
 from compress.rules.registry import base_name, rule
 
+_PICKING = ("argmax", "argmin", "max", "min", "median")  # their integers are positions (or values, of integers)
+
 
 @rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod", "logsumexp", "linalg_vector_norm",
       "norm", "any", "all", "argmax", "argmin", "max", "min", "median")  # fmt: skip
@@ -19,14 +21,11 @@ def reduction(labels: Labels, op: Op) -> None:
         return
     axes = labels[source]
     reduced = reduced_axes(op, len(axes))
-    picks = op.func._schema.name.startswith(("aten::arg", "aten::median")) or (
-        len(op.outputs) > 1 and "max" in base_name(op)
-    )
     for axis in reduced:
-        if picks:
-            labels.freeze(axes[axis], f"operator {op} returns positions along the axis")
-        else:
-            labels.mix(axes[axis], f"operator {op} reduces over the channels")
+        labels.mix(axes[axis], f"operator {op} reduces over the channels")
+        for output in op.outputs:
+            if not output.dtype.is_floating_point and base_name(op) in _PICKING:
+                labels.positions(output, axes[axis], f"operator {op} returns positions along the axis")
     for output in op.outputs:
         if len(output.shape) == len(axes) and reduced:
             kept = [labels.fixed(1) if axis in reduced else axes[axis] for axis in range(len(axes))]

@@ -7,13 +7,14 @@ position of the chosen axis are linked, and the axis with most elements leaves m
 number written in the code cannot shrink and is chosen last.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from compress.labels import FIXED, Array, Labels, Split
 from compress.origins import origins
-from compress.provenance import Expression, expression_of
+from compress.provenance import AxisSize, Computed, Expression, expression_of
 from compress.recorder import Op
 from compress.rules.registry import NoRule, rule
 
@@ -105,14 +106,28 @@ def _split(
         return result
     # a literal length cannot follow; of the others the longest links the fewest elements to each other
     able = tuple(axis for axis in range(len(new)) if not isinstance(new[axis][1], int) and lengths[axis] > 1)
-    place = (module, len(merged), tuple(lengths))
-    chosen = labels.decisions.get(place, max(able or range(len(new)), key=lambda axis: lengths[axis]))
+    own = tuple(length // _outer(labels, size) for length, size in new)
+    place = (module, math.prod(own), own)
+    chosen = labels.decisions.get(place, max(able or range(len(new)), key=lambda axis: own[axis]))
     table = rows[chosen]
     for row in table[1:]:
         labels.link(table[0], row, f"{why}: splits an axis")
     result[chosen] = table.max(axis=0)
     labels.splits.append(Split(place, chosen, able, merged, result[chosen]))
     return result
+
+
+def _outer(labels: Labels, size: Expression | None) -> int:
+    """What of ``batch * heads`` is batch: decisions are about the rest, which is alike whatever the batch."""
+    if not isinstance(size, Computed) or size.operator != "*":
+        return 1
+    outer = 1
+    for factor in (size.left, size.right):
+        if isinstance(factor, AxisSize) and not labels.may_change(factor):
+            outer *= len(labels.of_axis(factor)) or 1
+        else:
+            outer *= _outer(labels, factor)
+    return outer
 
 
 @rule("expand", "expand_copy")

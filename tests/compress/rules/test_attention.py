@@ -57,3 +57,14 @@ def test_the_default_scale_keeps_the_size_of_a_head_and_heads_go() -> None:
 def test_values_may_shrink_where_queries_may_not() -> None:
     groups = {group.num_units for group in compress.trace(Separate(), image(2, 7, 5)).groups}
     assert groups == {7, 11}
+
+
+@pytest.mark.parametrize("heads", [4, 6, 2])
+def test_as_many_heads_in_the_batch_as_elements_in_a_head_confuse_nothing(heads: int) -> None:
+    """``nn.MultiheadAttention`` merges batch and heads into one axis, which training doubles."""
+    layer = nn.TransformerEncoderLayer(24, heads, 18, batch_first=True, norm_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Linear(5, 24), layer, nn.Linear(24, 5))
+    graph = compress.trace(model, image(1, 7, 5))
+    assert {"1.self_attn.in_proj_weight", "1.linear1.weight", "0.weight"} <= {group.name for group in graph.groups}
+    result = assert_exact(model, image(1, 7, 5), compress.Budget(channels=0.7), exact_only=True)
+    assert result.model[1].linear1.out_features < 18

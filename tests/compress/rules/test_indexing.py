@@ -6,6 +6,15 @@ import compress
 from tests.compress.helpers import Apply, assert_exact, between, frozen_reasons, image, tokens
 
 ROWS = torch.tensor([0, 4, 2])
+FIRST = torch.tensor([1, 0, 1])
+ODD = torch.arange(9) % 2 == 0
+
+
+def _put(x, key, values):
+    y = x.clone()
+    y[key] = values
+    return y
+
 
 # x has 11 channels of 9 x 7: the looked-up axis is a spatial one, the channels pass
 FUNCTIONS = {
@@ -19,6 +28,12 @@ FUNCTIONS = {
     "index_add": lambda x: x.index_add(2, ROWS, x[:, :, :3] * 2),
     "index_copy": lambda x: x.index_copy(2, ROWS, x[:, :, 3:6] * 2),
     "index_fill": lambda x: x.index_fill(2, ROWS, 0.3),
+    "index with a mask": lambda x: x[:, :, ODD],
+    "index_put": lambda x: _put(x, (slice(None), slice(None), ROWS), x[:, :, :3] * 2),
+    "index_put, broadcast": lambda x: _put(x, (slice(None), slice(None), ROWS), x[:, :, :1] * 2),
+    "index_put, one number": lambda x: _put(x, (slice(None), slice(None), ROWS), torch.tensor(0.3, dtype=x.dtype)),
+    "index_put apart": lambda x: _put(x, (FIRST, slice(None), ROWS), x[0, :, :3, 0].T[:, :, None] * 2),
+    "index_put with a mask": lambda x: _put(x, (slice(None), slice(None), ODD), x[:, :, :5] * 2),
 }
 
 

@@ -150,3 +150,49 @@ def test_a_normalized_shape_written_in_code_freezes() -> None:
 
 def test_batch_norm_alone_before_the_output_stays() -> None:
     assert not compress.trace(between(lambda x: x)[:1].append(nn.BatchNorm2d(11)), image()).groups
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation by batch norm, as in timm's ``StdConv2d``: (1, rows, the rest) over the rest."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
+def test_weights_standardised_by_batch_norm_go_exactly_by_row_and_not_by_column() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 13, 1), nn.ReLU(), Standardised(13, 11, 3), nn.ReLU(), nn.Conv2d(11, 5, 1))
+    exact = {group.num_units: group.exact for group in compress.trace(model, image()).groups}
+    assert exact == {13: False, 11: True}
+    result = assert_exact(model, image(), compress.Budget(channels=0.6), exact_only=True)
+    assert result.model[2].out_channels < 11
+    both = compress.prune(model.float(), image(), budget=compress.Budget(channels=0.5))
+    assert not both.plan.exact
+    assert_trains(both.model, image())
+
+
+class TokensNormed(nn.Module):
+    """Batch norm whose channels are the tokens: the features are what its statistics would be taken over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(3, 11), nn.BatchNorm1d(7), nn.Linear(11, 5)
+
+    def forward(self, x):
+        return self.head(self.norm(self.stem(x)))
+
+
+def test_batch_norm_with_running_statistics_mixes_nothing() -> None:
+    result = assert_exact(TokensNormed(), image(2, 7, 3), compress.Budget(channels=0.5))
+    assert result.model.stem.out_features < 11
+
+
+def test_the_sizes_of_an_rms_norm_follow() -> None:
+    """It is taken apart before operators are seen, but asks for the sizes that it was made with."""
+    model = nn.Sequential(nn.Linear(3, 11), nn.RMSNorm(11), nn.Linear(11, 5))
+    result = compress.prune(model, image(2, 7, 3), budget=compress.Budget(channels=0.5))
+    assert result.model[1].normalized_shape == (result.model[0].out_features,)
+    assert result.model[0].out_features < 11
+    assert not result.plan.exact
+    assert_trains(result.model, image(2, 7, 3))

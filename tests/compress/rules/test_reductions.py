@@ -65,7 +65,7 @@ def test_channels_that_are_mixed_are_not_exact_and_say_so(name: str) -> None:
 FREEZING = {
     "argmax": lambda x: x + x.argmax(1, keepdim=True),
     "max with positions": lambda x: x + x.max(1, keepdim=True).indices,
-    "median": lambda x: x + x.median(1, keepdim=True).values,
+    "median's position": lambda x: x + x.median(1, keepdim=True).indices,
     "sort": lambda x: x.sort(1).values,
     "topk": lambda x: x.topk(11, 1).values,
 }
@@ -76,6 +76,18 @@ def test_order_along_the_channels_freezes_them(name: str) -> None:
     graph = compress.trace(between(FREEZING[name]), image())
     assert not graph.groups
     assert "the axis" in frozen_reasons(graph, "0.weight")
+
+
+def test_positions_that_nobody_uses_freeze_nothing() -> None:
+    """``x.max(1)[0]`` is how many write the maximum."""
+    for values in (lambda x: x * x.max(1, keepdim=True)[0], lambda x: x * x.median(1, keepdim=True).values):
+        (group,) = compress.trace(between(values), image()).groups
+        assert "over the channels" in group.inexact
+
+
+def test_positions_that_are_an_output_freeze() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 11, 1), Apply(lambda _, x: x.max(1).indices))
+    assert "returns positions" in frozen_reasons(compress.trace(model, image()), "0.weight")
 
 
 def test_reducing_to_the_output_is_not_exact() -> None:
