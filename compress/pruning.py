@@ -18,7 +18,7 @@ from compress.labels import Array
 from compress.plan import PrunePlan, make_plan
 from compress.recover import reestimate_batch_norm
 from compress.sandbox import on_meta, unwrapped
-from compress.select import Selection, SelectOptions, select
+from compress.select import FLOOR, Selection, SelectOptions, select
 from compress.surgery import apply
 from compress.trace import ExampleInputs, record
 from compress.verify import agrees, check_repeatable, culprits
@@ -118,6 +118,8 @@ def prune(
         names = sorted({graph.groups[g].name for index in failed for g in graph.lumps[index].units})
         notes.append(f"kept whole, as removal did not verify: {', '.join(names)}")
         graph = graph.without(_of_their_kind(graph, failed), "its removal did not verify")
+    if selection.floor < FLOOR:
+        notes.append(f"the budget needed axes of down to {selection.floor:.0%} of their length (usually {FLOOR:.0%})")
     pruned, plan = attempt.pruned(selection)
     if recover and calibration is not None:
         reestimate_batch_norm(pruned, calibration)
@@ -242,7 +244,7 @@ def _restricted(graph: ChannelGraph, selection: Selection, lumps: Sequence[int])
         for group, number in graph.lumps[index].units.items():
             counts[group] = counts.get(group, 0) + number * selection.lumps[index]
     units = {group: selection.units[group][:count] for group, count in counts.items()}
-    return Selection(units, {index: selection.lumps[index] for index in lumps})
+    return replace(selection, units=units, lumps={index: selection.lumps[index] for index in lumps})
 
 
 def _of_their_kind(graph: ChannelGraph, lumps: Sequence[int]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Choose what goes: the least important channels, in lumps that keep the model consistent, until the budget is met."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from compress.labels import Array
 Scores = Sequence[npt.NDArray[np.float64]]
 
 FLOOR = 0.1  # no axis falls below this part of its length: PruningBench's "10 % group-wise protection"
+LOWER_FLOORS = (0.05, 0.02, 0.0)  # for a budget that cannot be reached above it
 SCOPES = ("global", "uniform")
 MAX_SKIPS = 11  # large steps that may be left out to come closer to the budget
 CLOSE_ENOUGH = 0.001  # of the budget
@@ -46,10 +47,11 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Selection:
-    """Units to remove by group index, and how often each lump was taken."""
+    """Units to remove by group index, how often each lump was taken, and what part of any axis stays at least."""
 
     units: Mapping[int, Array]
     lumps: Mapping[int, int]
+    floor: float = FLOOR
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def select(
 ) -> Selection:
     """The shortest prefix of the removal order whose cost is at most ``target``.
 
+    No axis falls below :data:`FLOOR` of its length, unless the target cannot be reached otherwise.
+
     Args:
         scores: importance of the units of each group, shape (units,), higher is kept.
         savings: what removing each lump once from the dense model saves, in any unit.
@@ -91,21 +95,25 @@ def select(
         target: fraction in (0, 1].
 
     Raises:
-        BudgetError: the target is below what the floors allow; says the smallest that can be reached.
+        BudgetError: the target is below what ``min_channels`` allows; says the smallest that can be reached.
     """
     order = [np.argsort(values, kind="stable") for values in scores]
-    chunks = _feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options)
+    every = _ordered_chunks(graph, scores, order, savings, options)
+    for floor in (FLOOR, *LOWER_FLOORS):
+        chunks = _feasible(graph, every, options, floor)
 
-    def after(taken: Chunks) -> Selection:
-        return _selection(graph, order, taken.per_lump())
+        def after(taken: Chunks, floor: float = floor) -> Selection:
+            return replace(_selection(graph, order, taken.per_lump()), floor=floor)
 
-    if target >= 1:
-        return after(chunks[:0])
-    smallest = cost(after(chunks))
-    if smallest > target:
+        if target >= 1:
+            return after(chunks[:0])
+        smallest = cost(after(chunks))
+        if smallest <= target:
+            break
+    else:
         raise BudgetError(
             f"the budget {target:.3g} cannot be reached: at least {smallest:.3g} remains with min_channels="
-            f"{options.min_channels}, round_to={options.round_to} and a floor of {FLOOR:.0%} an axis; "
+            f"{options.min_channels} and round_to={options.round_to}; "
             "raise the budget, protect less, or allow inexact groups"
         )
     number = _shortest(chunks, 0, lambda taken: cost(after(taken)) <= target)
@@ -142,7 +150,7 @@ def smallest(graph: ChannelGraph, savings: Sequence[float], cost: Callable[[Sele
     scores = [np.ones(int(size)) for size in graph.sizes]
     order = [np.arange(int(size), dtype=np.int64) for size in graph.sizes]
     options = SelectOptions()
-    chunks = _feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options)
+    chunks = _feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options, FLOOR)
     return cost(_selection(graph, order, chunks.per_lump()))
 
 
@@ -199,10 +207,10 @@ def _widths(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Ar
     return gone
 
 
-def _feasible(graph: ChannelGraph, chunks: Chunks, options: SelectOptions) -> Chunks:
+def _feasible(graph: ChannelGraph, chunks: Chunks, options: SelectOptions, floor: float) -> Chunks:
     """The chunks that leave every axis long enough; once a chunk does not fit, nor do later ones of its lump."""
     length = graph.lengths.fixed + graph.lengths.matrix @ graph.sizes
-    least = np.minimum(length, np.maximum(options.min_channels, np.ceil(FLOOR * length))).astype(np.int64)
+    least = np.minimum(length, np.maximum(options.min_channels, np.ceil(floor * length))).astype(np.int64)
     removals = np.zeros((len(graph.sizes), len(graph.lumps)), dtype=np.int64)
     for index, lump in enumerate(graph.lumps):
         removals[list(lump.units), index] = list(lump.units.values())

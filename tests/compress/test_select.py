@@ -68,7 +68,23 @@ def test_no_axis_falls_below_the_floor() -> None:
     assert len(selection.units[1]) == 18
 
 
-@pytest.mark.parametrize(("min_channels", "left"), [(1, (4, 2)), (3, (4, 3)), (7, (7, 7)), (30, (30, 20))])
+def test_floors_give_way_to_a_budget_that_needs_it_step_by_step() -> None:
+    assert _select(_draw(3), FLOOR).floor == FLOOR
+    for target, floor in ((0.09, 0.05), (0.045, 0.02)):
+        selection = _select(_draw(3), target)
+        kept = [n - len(selection.units[g]) for g, n in enumerate((40, 20))]
+        assert selection.floor == floor
+        assert sum(kept) / 60 <= target
+        assert all(n >= floor * size for n, size in zip(kept, (40, 20), strict=True))
+
+
+def test_a_lower_floor_is_noted() -> None:
+    result = compress.prune(_model(), image(), budget=compress.Budget(channels=0.08))
+    assert any("down to 5% of their length (usually 10%)" in note for note in result.notes)
+    assert not compress.prune(_model(), image(), budget=compress.Budget(channels=0.5)).notes
+
+
+@pytest.mark.parametrize(("min_channels", "left"), [(1, (1, 1)), (3, (3, 3)), (7, (7, 7)), (30, (30, 20))])
 def test_the_smallest_that_can_be_reached_is_named_and_reachable(min_channels: int, left: tuple[int, int]) -> None:
     with pytest.raises(
         BudgetError, match=rf"at least {sum(left) / 60:.3g} remains with min_channels={min_channels}"
