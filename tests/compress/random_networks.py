@@ -185,6 +185,34 @@ def _padded(draw: random.Random, channels: int) -> Block:
     return block, channels + 4
 
 
+class _Heads(nn.Module):
+    """Attention over positions: heads of one or three projections, fused or written out, beside its input."""
+
+    def __init__(self, channels: int, heads: int, size: int, *, one: bool, fused: bool) -> None:
+        super().__init__()
+        self.heads, self.size, self.fused, self.scale = heads, size, fused, 0.4
+        parts = [3] if one else [1, 1, 1]
+        self.projections = nn.ModuleList(nn.Linear(channels, n * heads * size) for n in parts)
+        self.out = nn.Linear(heads * size, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        b, n, _ = tokens.shape
+        joined = torch.cat([layer(tokens) for layer in self.projections], dim=-1)
+        q, k, v = joined.view(b, n, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            mixed = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v
+        mixed = mixed.transpose(1, 2).reshape(b, n, self.heads * self.size)
+        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def _attention(draw: random.Random, channels: int) -> Block:
+    heads, size = draw.choice([2, 3]), draw.choice([4, 5])
+    return _Heads(channels, heads, size, one=draw.random() < 0.5, fused=draw.random() < 0.5), channels
+
+
 def _pool(draw: random.Random, channels: int) -> Block:
     return draw.choice(
         [nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(2, 1), nn.Upsample(scale_factor=2), nn.Dropout2d(0.1)]
@@ -195,6 +223,6 @@ BLOCKS: dict[str, Callable[[random.Random, int], Block]] = {
     function.__name__.removeprefix("_"): function
     for function in (
         _conv, _transposed, _depthwise, _grouped, _residual, _projected, _shared, _gate, _dense, _inception, _split,
-        _slices, _halves, _shuffle, _pixel, _scale, _padded, _pool,
+        _slices, _halves, _shuffle, _pixel, _scale, _padded, _pool, _attention,
     )
 }  # fmt: skip
