@@ -67,10 +67,7 @@ class Evidence:
         makers = [(m, t) for m, t in found if m.role == "producer" and t.dim() > 1] or found
         total, count = np.zeros(group.num_units), 0
         for member, tensor in makers:
-            others = [axis for axis in range(tensor.dim()) if axis != member.axis]
-            # the norm is one pass in double precision without a copy of the tensor
-            norms = torch.linalg.vector_norm(tensor, power, others, dtype=torch.float64) if others else tensor.abs()
-            sums = norms.double().cpu().numpy() ** power
+            sums = _power_sums(tensor, member.axis, power).cpu().numpy()
             total += sums[member.indices].sum(axis=1)
             count += tensor.numel() // tensor.shape[member.axis] * member.indices.shape[1]
         return total / max(count, 1)
@@ -86,6 +83,19 @@ class Evidence:
         values = self.graph.unit_means(group, getattr(self.activations, statistic), self.activations.num_reads)
         # a channel that no weight reads (it is only multiplied by others) is judged by its weights instead
         return np.where(np.isnan(values), self.weight_mean(group, 1), values)
+
+
+def _power_sums(tensor: Tensor, axis: int, power: int) -> Tensor:
+    """Sums of ``|tensor| ** power`` over all axes but one, in double precision; widened a block at a time."""
+    others = [other for other in range(tensor.dim()) if other != axis]
+    if not others:
+        return tensor.double().abs() ** power
+    rows = max(1, BLOCK * tensor.shape[axis] // max(tensor.numel(), 1))
+    norms = [torch.linalg.vector_norm(part, power, others, dtype=torch.float64) for part in tensor.split(rows, axis)]
+    return torch.cat(norms) ** power
+
+
+BLOCK = 2**22  # elements that are widened at a time
 
 
 def collect_activations(model: nn.Module, graph: ChannelGraph, calibration: Calibration) -> ActivationSums:
