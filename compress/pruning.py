@@ -11,9 +11,10 @@ from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration
 from compress.channels import ChannelGraph, trace
 from compress.cost import Cost, CostModel, cost_of, latencies
-from compress.criteria import Criterion, needs_activations, resolve
+from compress.criteria import Criterion, needs, resolve
 from compress.errors import PruneError
-from compress.evidence import ActivationSums, Evidence, Values, collect_activations
+from compress.evidence import Evidence, Values, collect_activations
+from compress.gradients import collect_gradients
 from compress.labels import Array
 from compress.plan import PrunePlan, make_plan
 from compress.recover import reestimate_batch_norm
@@ -71,8 +72,8 @@ def prune(
         budget: the fraction to keep of channels, params, macs or latency; met exactly, by the last possible channel.
         criterion: a name from :data:`compress.criteria.CRITERIA`, or a callable ``(group, evidence) -> scores``.
         scope: "global" compares channels over the whole model, "uniform" takes the same part of every group.
-        calibration: batches for criteria that look at activations, and for ``recover``; a DataLoader will do.
-        loss: what criteria that need targets minimise; handed to the criterion in its evidence.
+        calibration: batches for criteria that look at data, and for ``recover``; a DataLoader will do.
+        loss: ``loss(output, target)`` for criteria that need gradients, cross-entropy on class indices if None.
         recover: re-estimate batch-norm statistics on ``calibration`` afterwards.
         exact_only: remove only what can be removed exactly (see :attr:`PrunePlan.exact`).
         protect: shell patterns of parameter or module names that must stay whole, such as ``"head.*"``.
@@ -97,18 +98,20 @@ def prune(
     options = SelectOptions(scope, round_to, min_channels, exact_steps=budget.metric != "latency")
     if recover:
         calibration = check_calibration(calibration, "recover=True")
-    if needs_activations(score):
+    if needs(score):
         calibration = check_calibration(calibration, f"criterion {criterion!r}")
     graph = trace(model, example_inputs).protecting(protect)
     graph = graph.exactly() if exact_only else graph
-    activations = None
-    if needs_activations(score) and calibration is not None:
-        activations = collect_activations(model, graph, calibration)
+    evidence = Evidence(model, graph, loss=loss, seed=seed)
+    if "activations" in needs(score) and calibration is not None:
+        evidence = replace(evidence, activations=collect_activations(model, graph, calibration))
+    if "gradients" in needs(score) and calibration is not None:
+        evidence = replace(evidence, gradients=collect_gradients(model, graph, calibration, loss))
     notes = list(graph.trace.notes)
     if on_meta(model):
         notes.append("not verified: the model is on the meta device and has no values")
     while True:
-        scores = _scores(model, graph, score, activations, loss, seed)
+        scores = _scores(score, replace(evidence, graph=graph))
         attempt = _Attempt(model, example_inputs, graph)
         selection = select(graph, scores, attempt.savings(budget), attempt.cost(budget), budget.fraction, options)
         failed = [] if on_meta(model) else attempt.failing_lumps(selection)
@@ -208,17 +211,9 @@ class _Attempt:
         return small / dense
 
 
-def _scores(
-    model: nn.Module,
-    graph: ChannelGraph,
-    criterion: Criterion,
-    activations: ActivationSums | None,
-    loss: Callable[..., Any] | None,
-    seed: int,
-) -> list[Values]:
-    evidence = Evidence(model, graph, activations, loss, seed)
+def _scores(criterion: Criterion, evidence: Evidence) -> list[Values]:
     scores = []
-    for group in graph.groups:
+    for group in evidence.graph.groups:
         values = np.asarray(criterion(group, evidence), dtype=np.float64)
         if values.shape != (group.num_units,):
             raise PruneError(

@@ -27,7 +27,11 @@ class PruneConfig:
         mean: per channel on the scale of [0, 1], as in --mean 0.485 0.456 0.406; default: measured on the data
         std: likewise
         image_size: pixels a side, for image folders whose images differ in size
-        criterion: which channels go: l1, l2, mean_activation, nonzero or random
+        criterion: which channels go: l1, l2, mean_activation, nonzero, random, taylor, bn_scale, fpgm, lamp, or
+            FILE.py:FUNCTION for one of your own
+        calibration: images that data-driven criteria and --recover look at: validation (kept apart from training) or
+            train; default: validation for a criterion, train where only --recover needs them
+        calibration_batches: how many batches of them, of at most 128 images (of 32 for gradients)
         scope: "global" compares channels over layers, "uniform" takes the same part of each
         schedule: one_shot, linear, cubic or exponential
         rounds: of pruning and training
@@ -51,6 +55,8 @@ class PruneConfig:
     std: list[float] | None = None
     image_size: int | None = None
     criterion: str = "l2"
+    calibration: str | None = None
+    calibration_batches: int = 8
     scope: str = "global"
     schedule: str = "cubic"
     rounds: int = 3
@@ -65,9 +71,11 @@ class PruneConfig:
     folder: str = "runs/prune"
 
     def __post_init__(self) -> None:
-        for name in ("dense_epochs", "rounds", "epochs", "batch_size"):
+        for name in ("dense_epochs", "rounds", "epochs", "batch_size", "calibration_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least 1")
+        if self.calibration not in (None, "validation", "train"):
+            raise ValueError(f"--calibration is {self.calibration}, but it must be validation or train")
         if not 0 <= self.distill <= 1:
             raise ValueError(f"--distill is {self.distill}, but it must be in [0, 1]: the part that the teacher has")
 

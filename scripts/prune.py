@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.checkpoint import load_state_dict, read_state_dict
-from compress.criteria import needs_activations, resolve
+from compress.criteria import needs, resolve
 from compress.loop import RunResult
 from compress.report import RoundRecord
 from compress.rounds import RoundContext
@@ -20,12 +20,13 @@ from mtl import Distillation, FitOptions, Task, evaluate, fit
 from mtl.data import ImageData
 from scripts.command import run_command
 from scripts.config import CONFIG_FILE, PruneConfig, claim_folder
-from scripts.sources import build_model, open_data
+from scripts.sources import build_model, find_criterion, open_data
 from scripts.table import print_before_after, print_round
 
 TASK = Task("class", nn.CrossEntropyLoss())
 TEMPERATURE = 4.0  # of distillation: soft enough to show the teacher's second thoughts (Hinton et al. 2015, section 3)
-CALIBRATION_IMAGES = 1024
+CALIBRATION_BATCH_SIZE = 128
+GRADIENT_BATCH_SIZE = 32  # each batch is one sample of the gradient
 TEST_BATCH_SIZE = 500
 
 
@@ -36,21 +37,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: PruneConfig) -> RunResult:
     """Prunes as ``config`` says, prints a table a round, and returns the result. Bad input is a ``ValueError``."""
-    on_activations = needs_activations(resolve(config.criterion))
+    criterion = find_criterion(config.criterion)
+    wanted = needs(resolve(criterion))
+    # How often a channel is used must be asked on images that the model was not trained on.
+    split = config.calibration or ("validation" if wanted else "train")
+    on_data = bool(wanted) or config.recover
     data = open_data(
         config.data,
         mean=config.mean,
         std=config.std,
         image_size=config.image_size,
-        validation=0.1 if on_activations else 0.0,
+        validation=0.1 if on_data and split == "validation" else 0.0,
     )
     model, example = _model_and_example(config, data)
     folder, stop = Path(config.folder), None if config.max_drop is None else compress.StopRule(config.max_drop)
-    options: dict[str, Any] = {"budget": config.budget, "criterion": config.criterion, "scope": config.scope}
-    if config.recover or on_activations:
-        # How often a channel is used must be asked on images that the model was not trained on.
-        split = "validation" if on_activations else "train"
-        batches = data.loader(split, shuffle=False, augment=False, limit=CALIBRATION_IMAGES, seed=config.seed)
+    options: dict[str, Any] = {"budget": config.budget, "criterion": criterion, "scope": config.scope}
+    if on_data:
+        size = GRADIENT_BATCH_SIZE if "gradients" in wanted else CALIBRATION_BATCH_SIZE
+        limit = size * config.calibration_batches
+        batches = data.loader(split, batch_size=size, shuffle=False, augment=False, limit=limit, seed=config.seed)
         options |= {"calibration": batches, "recover": config.recover}
     if not (folder / CONFIG_FILE).exists():  # what cannot work fails before anything is written
         kept_fraction(config.schedule, config.budget.fraction, 0, config.rounds)
