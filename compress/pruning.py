@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.optim import Optimizer
 
 from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration
@@ -20,7 +21,7 @@ from compress.plan import PrunePlan, make_plan
 from compress.recover import reestimate_batch_norm
 from compress.sandbox import on_meta, unwrapped
 from compress.select import Selection, SelectOptions, select
-from compress.surgery import apply
+from compress.surgery import apply, move_optimizer
 from compress.trace import ExampleInputs, record
 from compress.verify import agrees, check_repeatable, culprits
 
@@ -63,6 +64,7 @@ def prune(
     round_to: int = 1,
     min_channels: int = 1,
     seed: int = 0,
+    optimizer: Optimizer | None = None,
 ) -> PruneResult:
     """Remove the least important channels of ``model`` until it meets ``budget``. The model itself is not changed.
 
@@ -80,6 +82,7 @@ def prune(
         round_to: widths become multiples of this number.
         min_channels: no axis gets shorter than this.
         seed: for criteria that draw random numbers.
+        optimizer: that of ``model``: it is changed to train the pruned model, with its state cut alike.
 
     Raises:
         TraceError: the model does not run on its example inputs.
@@ -122,6 +125,8 @@ def prune(
         notes.append(f"kept whole, as removal did not verify: {', '.join(names)}")
         graph = graph.without(_of_their_kind(graph, failed), "its removal did not verify")
     pruned, plan = attempt.pruned(selection)
+    if optimizer is not None:
+        move_optimizer(optimizer, model, pruned, plan)
     if recover and calibration is not None:
         reestimate_batch_norm(pruned, calibration)
     after = cost_of(pruned, record(pruned, example_inputs, training=False))
