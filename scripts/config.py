@@ -33,6 +33,7 @@ class PruneConfig:
             train; default: validation for a criterion, train where only --recover needs them
         calibration_batches: how many batches of them, of at most 128 images (of 32 for gradients)
         scope: "global" compares channels over layers, "uniform" takes the same part of each
+        round_to: widths become multiples of it; "auto" times which multiples are worth it on this machine
         schedule: one_shot, linear, cubic or exponential
         rounds: of pruning and training
         epochs: of training in each round
@@ -58,6 +59,7 @@ class PruneConfig:
     calibration: str | None = None
     calibration_batches: int = 8
     scope: str = "global"
+    round_to: int | str = 1
     schedule: str = "cubic"
     rounds: int = 3
     epochs: int = 2

@@ -52,6 +52,7 @@ def run(config: PruneConfig) -> RunResult:
     model, example = _model_and_example(config, data)
     folder, stop = Path(config.folder), None if config.max_drop is None else compress.StopRule(config.max_drop)
     options: dict[str, Any] = {"budget": config.budget, "criterion": criterion, "scope": config.scope}
+    options["round_to"] = config.round_to
     if on_data:
         size = GRADIENT_BATCH_SIZE if "gradients" in wanted else CALIBRATION_BATCH_SIZE
         limit = size * config.calibration_batches
