@@ -191,6 +191,7 @@ class _Attempt:
             return self.select(scores, budget, options)
         if options.round_to == 1:
             options = replace(options, multiples=good_multiples(self.graph, self.times))
+        refused: list[BudgetError] = []
         while True:
             try:
                 if budget.metric != "latency":
@@ -200,10 +201,11 @@ class _Attempt:
                     self.latency,
                     budget.fraction,
                 )
-            except BudgetError:  # what is out of reach in good steps may not be in finer ones
+            except BudgetError as error:  # what is out of reach in good steps may not be in finer ones
+                refused.append(error)
                 finer = {index: multiple // 2 for index, multiple in options.multiples.items()}
                 if not any(finer.values()):
-                    raise
+                    raise min(refused, key=lambda found: found.smallest or np.inf) from None
                 options = replace(options, multiples={index: max(1, multiple) for index, multiple in finer.items()})
 
     def _no_slower(self, scores: Sequence[Values], budget: Budget, options: SelectOptions) -> Selection:
