@@ -108,20 +108,14 @@ def prune(
         raise PruneError("a model on the meta device takes no time: give round_to=8 and another budget than latency")
     if recover:
         calibration = check_calibration(calibration, "recover=True")
-    if needs(score):
-        calibration = check_calibration(calibration, f"criterion {criterion!r}")
     graph = trace(model, example_inputs).protecting(protect)
     graph = graph.exactly() if exact_only else graph
-    evidence = Evidence(model, graph, loss=loss, seed=seed)
-    if "activations" in needs(score) and calibration is not None:
-        evidence = replace(evidence, activations=collect_activations(model, graph, calibration))
-    if "gradients" in needs(score) and calibration is not None:
-        evidence = replace(evidence, gradients=collect_gradients(model, graph, calibration, loss))
+    evidence = collect_evidence(model, graph, [score], calibration, loss, seed)
     notes = list(graph.trace.notes)
     if on_meta(model):
         notes.append("not verified: the model is on the meta device and has no values")
     while True:
-        scores = _scores(score, replace(evidence, graph=graph))
+        scores = scores_of(score, replace(evidence, graph=graph))
         attempt = _Attempt(model, example_inputs, graph)
         selection = attempt.timed(scores, budget, options) if timed else attempt.select(scores, budget, options)
         failed = [] if on_meta(model) else attempt.failing_lumps(selection)
@@ -278,7 +272,29 @@ class _Attempt:
         return relative_latency(self.pruned(selection)[0], self.model, self.inputs)
 
 
-def _scores(criterion: Criterion, evidence: Evidence) -> list[Values]:
+def collect_evidence(
+    model: nn.Module,
+    graph: ChannelGraph,
+    criteria: Sequence[Criterion],
+    calibration: Calibration | None,
+    loss: Callable[..., Any] | None,
+    seed: int,
+) -> Evidence:
+    """What ``criteria`` look at, collected once for all of them; :class:`CalibrationError` where data are missing."""
+    evidence = Evidence(model, graph, loss=loss, seed=seed)
+    asking = [criterion for criterion in criteria if needs(criterion)]
+    if asking:
+        calibration = check_calibration(calibration, f"criterion {getattr(asking[0], '__name__', asking[0])!r}")
+    wanted = {kind for criterion in asking for kind in needs(criterion)}
+    if "activations" in wanted and calibration is not None:
+        evidence = replace(evidence, activations=collect_activations(model, graph, calibration))
+    if "gradients" in wanted and calibration is not None:
+        evidence = replace(evidence, gradients=collect_gradients(model, graph, calibration, loss))
+    return evidence
+
+
+def scores_of(criterion: Criterion, evidence: Evidence) -> list[Values]:
+    """The scores of all units, group by group; :class:`PruneError` for what are no finite scores, one a unit."""
     scores = []
     for group in evidence.graph.groups:
         values = np.asarray(criterion(group, evidence), dtype=np.float64)

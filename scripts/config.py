@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -12,6 +12,21 @@ from compress.folder import claim
 CONFIG_FILE = "config.yaml"
 # Where and how loudly a run works; everything else must be equal for a folder to be the same run.
 NOT_IN_CONFIG_FILE = ("folder", "device")
+
+
+class ModelConfig(Protocol):
+    """What says which model is meant, with which weights and where."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def checkpoint(self) -> str | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def device(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

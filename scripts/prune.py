@@ -19,7 +19,7 @@ from compress.seeding import seed_everything
 from mtl import Distillation, FitOptions, Task, evaluate, fit
 from mtl.data import ImageData
 from scripts.command import run_command
-from scripts.config import CONFIG_FILE, PruneConfig, claim_folder
+from scripts.config import CONFIG_FILE, ModelConfig, PruneConfig, claim_folder
 from scripts.sources import build_model, find_criterion, open_data
 from scripts.table import print_before_after, print_round
 
@@ -49,7 +49,7 @@ def run(config: PruneConfig) -> RunResult:
         image_size=config.image_size,
         validation=0.1 if on_data and split == "validation" else 0.0,
     )
-    model, example = _model_and_example(config, data)
+    model, example = model_and_example(config, data)
     folder, stop = Path(config.folder), None if config.max_drop is None else compress.StopRule(config.max_drop)
     options: dict[str, Any] = {"budget": config.budget, "criterion": criterion, "scope": config.scope}
     options["round_to"] = config.round_to
@@ -90,7 +90,7 @@ def run(config: PruneConfig) -> RunResult:
     return result
 
 
-def _model_and_example(config: PruneConfig, data: ImageData) -> tuple[nn.Module, Tensor]:
+def model_and_example(config: ModelConfig, data: ImageData) -> tuple[nn.Module, Tensor]:
     """The model with its checkpoint, and the data's first image (1, C, H, W), both on the device."""
     device = _device(config.device)
     seed_everything(config.seed)
@@ -121,7 +121,7 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); give auto or cpu") from error
 
 
-def _check_fit(model: nn.Module, example: Tensor, data: ImageData, config: PruneConfig) -> None:
+def _check_fit(model: nn.Module, example: Tensor, data: ImageData, config: ModelConfig) -> None:
     """The model must take the data's images and give a number for each of its classes."""
     shape = tuple(example.shape[1:])
     remedy = "choose a model for such images, or other data"

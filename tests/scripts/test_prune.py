@@ -129,7 +129,7 @@ def test_calibration_is_on_the_images_that_were_asked_for(
 
     for criterion in ("nonzero", "taylor"):
         (tmp_path / f"{criterion}.py").write_text(f"from compress import CRITERIA\nfound = CRITERIA['{criterion}']\n")
-    monkeypatch.setattr("scripts.prune._model_and_example", lambda config, data: (None, None))
+    monkeypatch.setattr("scripts.prune.model_and_example", lambda config, data: (None, None))
     monkeypatch.setattr("mtl.data.ImageData.loader", loader)
     flags = _flags(file, tmp_path / "a", "--checkpoint", str(checkpoint))
     for more in (
@@ -238,4 +238,4 @@ def test_the_command_lists_its_sub_commands(capsys) -> None:
     assert cli.main([]) == cli.main(["--help"]) == 0
     assert "prune" in capsys.readouterr().out
     assert cli.main(["prone"]) == 2
-    assert "choose one of prune, inspect, demo" in capsys.readouterr().err
+    assert "choose one of prune, sensitivity, inspect, demo" in capsys.readouterr().err
