@@ -27,6 +27,7 @@ from compress.errors import (
 from compress.loop import StopRule, iterate
 from compress.plan import PlanGroup, PlanMember, PrunePlan
 from compress.pruning import PruneResult, prune
+from compress.sensitivity import SensitivityPoint, sensitivity
 from compress.surgery import apply, mask
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "PruneError",
     "PrunePlan",
     "PruneResult",
+    "SensitivityPoint",
     "StopRule",
     "TraceError",
     "apply",
@@ -60,5 +62,6 @@ __all__ = [
     "prune",
     "read_state_dict",
     "save",
+    "sensitivity",
     "trace",
 ]

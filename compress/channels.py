@@ -155,6 +155,13 @@ class ChannelGraph:
         count = np.bincount(position, weights=counts[inside], minlength=group.num_units)
         return np.divide(total, count, out=np.full(group.num_units, np.nan), where=count > 0)
 
+    def elements_of(self, labels: Array) -> dict[int, int]:
+        """How many elements of an axis belong to each group; the others stay."""
+        component = self._solution.component[labels]
+        group = np.where(labels == FIXED, -1, self._solution.group[component])
+        found, counts = np.unique(group[group >= 0], return_counts=True)
+        return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
     def stored_after(self, removed: Mapping[int, int]) -> dict[Stored, int]:
         """New values of the stored integers that change when lump ``i`` is removed ``removed[i]`` times."""
         lowered: dict[Stored, int] = {}

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -19,6 +19,8 @@ from compress.labels import FIXED, Array
 from compress.recorder import Op, TensorRef, Trace
 from compress.sandbox import untouched, unwrapped
 from compress.trace import ExampleInputs, as_arguments, record
+
+PAIRS, PAIRS_SECONDS = 15, 1.0  # of runs that are compared
 
 
 @dataclass(frozen=True)
@@ -81,18 +83,52 @@ def latencies(models: Sequence[nn.Module], example_inputs: ExampleInputs, *, rep
     return [median(seconds) for seconds in times]
 
 
-def _timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def relative_latency(model: nn.Module, reference: nn.Module, example_inputs: ExampleInputs) -> float:
+    """Seconds of ``model`` as a part of those of ``reference``, in turn with it: the median over pairs of runs.
+
+    At least :data:`PAIRS` pairs, and as many as fit into :data:`PAIRS_SECONDS`: short runs vary more. On one thread of
+    a CPU it is the thread's own time that counts, which waiting for a busy machine is no part of.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    ratios: list[float] = []
+    with untouched(model), untouched(reference), torch.inference_mode():
+        for each in (reference, model):
+            each.eval()
+            each(*args, **kwargs)
+        start, clock = time.perf_counter(), own_clock(_device(reference))
+        while len(ratios) < PAIRS or (time.perf_counter() - start < PAIRS_SECONDS and len(ratios) < 20 * PAIRS):
+            dense = _timed(reference, args, kwargs, clock)
+            ratios.append(_timed(model, args, kwargs, clock) / dense)
+    return median(ratios)
+
+
+def own_clock(device: torch.device) -> Callable[[], float]:
+    """The clock of work on ``device``: the thread's own where one thread does it all, else that on the wall."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _timed(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], clock: Callable[[], float] = time.perf_counter
+) -> float:
     _synchronise(model)
-    start = time.perf_counter()
+    start = clock()
     model(*args, **kwargs)
     _synchronise(model)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _synchronise(model: nn.Module) -> None:
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.is_cuda:
-        torch.cuda.synchronize(parameter.device)
+    wait(_device(model))
+
+
+def wait(device: torch.device) -> None:
+    """Until all work on ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 class CostModel:

@@ -10,7 +10,11 @@ class TraceError(PruneError):
 
 
 class BudgetError(PruneError):
-    """A budget outside its range, or below the smallest model that the options allow."""
+    """A budget outside its range, or below the smallest model that the options allow: ``smallest``, where known."""
+
+    def __init__(self, message: str, smallest: float | None = None) -> None:
+        super().__init__(message)
+        self.smallest = smallest
 
 
 class CalibrationError(PruneError):

@@ -136,19 +136,26 @@ def _reason_to_stop(records: Sequence[RoundRecord], stop: StopRule | None) -> st
     )
 
 
-def _describe(model: nn.Module, example_inputs: Any, recipe: Recipe, stop: StopRule | None) -> dict[str, object]:
-    """What must be equal for a folder to be of the same run. Functions count by name, calibration data not at all."""
+def digests(model: nn.Module) -> dict[str, object]:
+    """What tells one model from another: its class, and digests of the names and of the values of its tensors."""
     names, weights = hashlib.sha256(), hashlib.sha256()
     for name, value in model.state_dict().items():
         if isinstance(value, torch.Tensor):
             names.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
             weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    options = {name: _name(value) for name, value in recipe.options.items() if name != "calibration"}
-    shapes = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf), example_inputs)
     return {
         "model": type(model).__name__,
         "parameters": names.hexdigest()[:12],
         "weights": weights.hexdigest()[:12],
+    }
+
+
+def _describe(model: nn.Module, example_inputs: Any, recipe: Recipe, stop: StopRule | None) -> dict[str, object]:
+    """What must be equal for a folder to be of the same run. Functions count by name, calibration data not at all."""
+    options = {name: _name(value) for name, value in recipe.options.items() if name != "calibration"}
+    shapes = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf), example_inputs)
+    return {
+        **digests(model),
         "example_inputs": shapes,
         "budget": {recipe.budget.metric: recipe.budget.fraction},
         "rounds": recipe.rounds,

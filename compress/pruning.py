@@ -2,24 +2,29 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.optim import Optimizer
 
 from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration
 from compress.channels import ChannelGraph, trace
-from compress.cost import Cost, CostModel, cost_of, latencies
-from compress.criteria import Criterion, needs_activations, resolve
-from compress.errors import PruneError
-from compress.evidence import ActivationSums, Evidence, Values, collect_activations
+from compress.cost import Cost, CostModel, cost_of, relative_latency
+from compress.criteria import Criterion, needs, resolve
+from compress.errors import BudgetError, PruneError
+from compress.evidence import Evidence, Values, collect_activations
+from compress.gradients import collect_gradients
 from compress.labels import Array
 from compress.plan import PrunePlan, make_plan
 from compress.recover import reestimate_batch_norm
 from compress.sandbox import on_meta, unwrapped
 from compress.select import FLOOR, Selection, SelectOptions, select
-from compress.surgery import apply
+from compress.speed import meet_latency
+from compress.surgery import apply, move_optimizer
+from compress.timing import TimeTable, good_multiples
 from compress.trace import ExampleInputs, record
 from compress.verify import agrees, check_repeatable, culprits
 
@@ -59,9 +64,10 @@ def prune(
     recover: bool = False,
     exact_only: bool = False,
     protect: Sequence[str] = (),
-    round_to: int = 1,
+    round_to: int | str = 1,
     min_channels: int = 1,
     seed: int = 0,
+    optimizer: Optimizer | None = None,
 ) -> PruneResult:
     """Remove the least important channels of ``model`` until it meets ``budget``. The model itself is not changed.
 
@@ -71,14 +77,16 @@ def prune(
         budget: the fraction to keep of channels, params, macs or latency; met exactly, by the last possible channel.
         criterion: a name from :data:`compress.criteria.CRITERIA`, or a callable ``(group, evidence) -> scores``.
         scope: "global" compares channels over the whole model, "uniform" takes the same part of every group.
-        calibration: batches for criteria that look at activations, and for ``recover``; a DataLoader will do.
-        loss: what criteria that need targets minimise; handed to the criterion in its evidence.
+        calibration: batches for criteria that look at data, and for ``recover``; a DataLoader will do.
+        loss: ``loss(output, target)`` for criteria that need gradients, cross-entropy on class indices if None.
         recover: re-estimate batch-norm statistics on ``calibration`` afterwards.
         exact_only: remove only what can be removed exactly (see :attr:`PrunePlan.exact`).
         protect: shell patterns of parameter or module names that must stay whole, such as ``"head.*"``.
-        round_to: widths become multiples of this number.
+        round_to: widths become multiples of this number; "auto" times which multiples are worth it on this machine,
+            layer by layer, as a latency budget always does.
         min_channels: no axis gets shorter than this.
         seed: for criteria that draw random numbers.
+        optimizer: that of ``model``: it is changed to train the pruned model, with its state cut alike.
 
     Raises:
         TraceError: the model does not run on its example inputs.
@@ -94,23 +102,22 @@ def prune(
     """
     model = unwrapped(model)
     score = resolve(criterion)
-    options = SelectOptions(scope, round_to, min_channels, exact_steps=budget.metric != "latency")
+    options = SelectOptions(scope, 1 if round_to == "auto" else round_to, min_channels)  # type: ignore[arg-type]
+    timed = round_to == "auto" or budget.metric == "latency"
+    if timed and on_meta(model):
+        raise PruneError("a model on the meta device takes no time: give round_to=8 and another budget than latency")
     if recover:
         calibration = check_calibration(calibration, "recover=True")
-    if needs_activations(score):
-        calibration = check_calibration(calibration, f"criterion {criterion!r}")
     graph = trace(model, example_inputs).protecting(protect)
     graph = graph.exactly() if exact_only else graph
-    activations = None
-    if needs_activations(score) and calibration is not None:
-        activations = collect_activations(model, graph, calibration)
+    evidence = collect_evidence(model, graph, [score], calibration, loss, seed)
     notes = list(graph.trace.notes)
     if on_meta(model):
         notes.append("not verified: the model is on the meta device and has no values")
     while True:
-        scores = _scores(model, graph, score, activations, loss, seed)
+        scores = scores_of(score, replace(evidence, graph=graph))
         attempt = _Attempt(model, example_inputs, graph)
-        selection = select(graph, scores, attempt.savings(budget), attempt.cost(budget), budget.fraction, options)
+        selection = attempt.timed(scores, budget, options) if timed else attempt.select(scores, budget, options)
         failed = [] if on_meta(model) else attempt.failing_lumps(selection)
         if not failed:
             break
@@ -120,7 +127,10 @@ def prune(
         graph = graph.without(_of_their_kind(graph, failed), "its removal did not verify")
     if selection.floor < FLOOR:
         notes.append(f"the budget needed axes of down to {selection.floor:.0%} of their length (usually {FLOOR:.0%})")
+    notes += attempt.notes
     pruned, plan = attempt.pruned(selection)
+    if optimizer is not None:
+        move_optimizer(optimizer, model, pruned, plan)
     if recover and calibration is not None:
         reestimate_batch_norm(pruned, calibration)
     after = cost_of(pruned, record(pruned, example_inputs, training=False))
@@ -139,12 +149,11 @@ class _Attempt:
             raise PruneError("nothing can be pruned: " + "; ".join(reasons[:6]) + ("; ..." if len(reasons) > 6 else ""))
         self.model, self.inputs, self.graph = model, example_inputs, graph
         self.before = cost_of(model, graph.trace)
+        self.notes: list[str] = []
         self._built: dict[tuple[tuple[int, int], ...], tuple[nn.Module, PrunePlan]] = {}
 
     def cost(self, budget: Budget) -> Callable[[Selection], float]:
         """The part of the dense model's cost that remains after a selection."""
-        if budget.metric == "latency":
-            return self._latency
         remaining = self._remaining(budget.metric)
         sizes = self.graph.sizes
 
@@ -157,18 +166,74 @@ class _Attempt:
         return after
 
     def savings(self, budget: Budget) -> list[float]:
-        """What each lump saves when it is the first to go; multiply-accumulates stand in for seconds."""
-        remaining = self._remaining("macs" if budget.metric == "latency" else budget.metric)
+        """What each lump saves if it goes first; of seconds, which fall in steps, the mean over half of the lumps."""
+        remaining = self._remaining(budget.metric)
         saved = []
         for lump in self.graph.lumps:
+            groups, units = list(lump.units), np.array(list(lump.units.values()))
+            times = int((self.graph.sizes[groups] // units).min() + 1) // 2 if budget.metric == "latency" else 1
             kept = self.graph.sizes.copy()
-            kept[list(lump.units)] -= list(lump.units.values())
-            saved.append(1.0 - remaining(kept))
+            kept[groups] -= times * units
+            saved.append((1.0 - remaining(kept)) / times)
         return saved
+
+    def select(self, scores: Sequence[Values], budget: Budget, options: SelectOptions) -> Selection:
+        """What goes so that the cost, predicted where it is latency, meets the budget."""
+        return select(self.graph, scores, self.savings(budget), self.cost(budget), budget.fraction, options)
+
+    def timed(self, scores: Sequence[Values], budget: Budget, options: SelectOptions) -> Selection:
+        """The same with widths that are worth it on this machine, a measured latency, and nothing slower than dense."""
+        if budget.fraction >= 1:
+            return self.select(scores, budget, options)
+        if options.round_to == 1:
+            options = replace(options, multiples=good_multiples(self.graph, self.times))
+        refused: list[BudgetError] = []
+        while True:
+            try:
+                if budget.metric != "latency":
+                    return self._no_slower(scores, budget, options)
+                return meet_latency(
+                    lambda aim, options=options: self.select(scores, Budget(latency=min(aim, 1.0)), options),  # type: ignore[misc]
+                    self.latency,
+                    budget.fraction,
+                )
+            except BudgetError as error:  # what is out of reach in good steps may not be in finer ones
+                refused.append(error)
+                finer = {index: multiple // 2 for index, multiple in options.multiples.items()}
+                if not any(finer.values()):
+                    raise min(refused, key=lambda found: found.smallest or np.inf) from None
+                options = replace(options, multiples={index: max(1, multiple) for index, multiple in finer.items()})
+
+    def _no_slower(self, scores: Sequence[Values], budget: Budget, options: SelectOptions) -> Selection:
+        """Coarser multiples until the result is measured no slower than the dense model."""
+        found: list[tuple[float, Selection]] = []
+        for factor in (1, 2, 4, 8):
+            coarser = {index: factor * multiple for index, multiple in options.multiples.items()}
+            try:
+                selection = self.select(scores, budget, replace(options, multiples=coarser))
+            except BudgetError:
+                if not found:
+                    raise
+                break
+            found.append((self.latency(selection), selection))
+            if found[-1][0] <= 1:
+                break
+        ratio, selection = min(found, key=lambda item: item[0])
+        if ratio > 1:
+            self.notes.append(f"takes {ratio:.2f} x the dense model's seconds: no widths were found that save any")
+        return selection
+
+    @cached_property
+    def times(self) -> TimeTable:
+        """Seconds of the model's operators by width."""
+        return TimeTable(self.graph, self.model)
 
     def _remaining(self, metric: str) -> Callable[[Array], float]:
         if metric == "channels":
             return lambda kept: float(kept.sum() / self.graph.sizes.sum())
+        if metric == "latency":
+            seconds = self.times(self.graph.sizes)
+            return lambda kept: self.times(kept) / seconds
         total = self.before.macs if metric == "macs" else self.before.params
         price = CostModel(self.graph, metric, total)
         return lambda kept: price(kept) / max(total, 1)
@@ -204,23 +269,36 @@ class _Attempt:
             return False
         return agrees(self.model, plan, pruned, self.inputs, self.graph.trace)
 
-    def _latency(self, selection: Selection) -> float:
-        pruned, _ = self.pruned(selection)
-        dense, small = latencies([self.model, pruned], self.inputs)
-        return small / dense
+    def latency(self, selection: Selection) -> float:
+        """The measured part of the dense model's seconds that a selection leaves."""
+        return relative_latency(self.pruned(selection)[0], self.model, self.inputs)
 
 
-def _scores(
+def collect_evidence(
     model: nn.Module,
     graph: ChannelGraph,
-    criterion: Criterion,
-    activations: ActivationSums | None,
+    criteria: Sequence[Criterion],
+    calibration: Calibration | None,
     loss: Callable[..., Any] | None,
     seed: int,
-) -> list[Values]:
-    evidence = Evidence(model, graph, activations, loss, seed)
+) -> Evidence:
+    """What ``criteria`` look at, collected once for all of them; :class:`CalibrationError` where data are missing."""
+    evidence = Evidence(model, graph, loss=loss, seed=seed)
+    asking = [criterion for criterion in criteria if needs(criterion)]
+    if asking:
+        calibration = check_calibration(calibration, f"criterion {getattr(asking[0], '__name__', asking[0])!r}")
+    wanted = {kind for criterion in asking for kind in needs(criterion)}
+    if "activations" in wanted and calibration is not None:
+        evidence = replace(evidence, activations=collect_activations(model, graph, calibration))
+    if "gradients" in wanted and calibration is not None:
+        evidence = replace(evidence, gradients=collect_gradients(model, graph, calibration, loss))
+    return evidence
+
+
+def scores_of(criterion: Criterion, evidence: Evidence) -> list[Values]:
+    """The scores of all units, group by group; :class:`PruneError` for what are no finite scores, one a unit."""
     scores = []
-    for group in graph.groups:
+    for group in evidence.graph.groups:
         values = np.asarray(criterion(group, evidence), dtype=np.float64)
         if values.shape != (group.num_units,):
             raise PruneError(

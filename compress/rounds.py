@@ -43,7 +43,7 @@ class PruneOptions(TypedDict, total=False):
     recover: bool
     exact_only: bool
     protect: Sequence[str]
-    round_to: int
+    round_to: int | str
     min_channels: int
 
 

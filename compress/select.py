@@ -1,7 +1,7 @@
 """Choose what goes: the least important channels, in lumps that keep the model consistent, until the budget is met."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -57,19 +57,20 @@ class Selection:
 @dataclass(frozen=True)
 class SelectOptions:
     """``scope``: "global" spends the budget where it costs least importance, "uniform" takes the same part of every
-    group. ``round_to``: widths become multiples of it. ``min_channels``: no axis gets shorter.
-    ``exact_steps``: the cost is exact, so that the last step may be chosen by it (a measured latency is not)."""
+    group. ``round_to``: widths become multiples of it, or of what ``multiples`` has for their lump. ``min_channels``:
+    no axis gets shorter. ``exact_steps``: the cost is exact, so that the last step may be chosen by it."""
 
     scope: str = "global"
     round_to: int = 1
     min_channels: int = 1
     exact_steps: bool = True
+    multiples: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise PruneError(f"scope={self.scope!r} is unknown: choose one of {', '.join(SCOPES)}")
         if not isinstance(self.round_to, int):
-            raise PruneError(f"round_to={self.round_to!r} is not there yet: give a whole number, such as 8")
+            raise PruneError(f"round_to={self.round_to!r} is no width: give a whole number, such as 8, or 'auto'")
         if self.round_to < 1:
             raise PruneError(f"round_to={self.round_to} must be at least 1")
         if self.min_channels < 1:
@@ -114,7 +115,8 @@ def select(
         raise BudgetError(
             f"the budget {target:.3g} cannot be reached: at least {smallest:.3g} remains with min_channels="
             f"{options.min_channels} and round_to={options.round_to}; "
-            "raise the budget, protect less, or allow inexact groups"
+            "raise the budget, protect less, or allow inexact groups",
+            smallest,
         )
     number = _shortest(chunks, 0, lambda taken: cost(after(taken)) <= target)
     best = after(chunks[:number])
@@ -162,7 +164,7 @@ def _ordered_chunks(
     every: list[Chunks] = []
     for index, lump in enumerate(graph.lumps):
         available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
-        points = _widths(graph, index, available, options.round_to)
+        points = _widths(graph, index, available, options.multiples.get(index, options.round_to))
         times = np.diff(points)
         if options.scope == "uniform":
             keys.append(points[1:] / available)

@@ -3,37 +3,46 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from compress.containers import Path, changed, part
 from compress.errors import PruneError
 from compress.labels import Array
+from compress.optimizer import Cut, follow
 from compress.plan import PrunePlan, StoredValue
 from compress.sandbox import unwrapped
 
 
-def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False) -> nn.Module:
+def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False, optimizer: Optimizer | None = None) -> nn.Module:
     """Remove what ``plan`` names from ``model``; a copy is pruned unless ``inplace``.
 
     Args:
         model: the model that the plan was made for, or another instance of its class; wrappers of ``torch.compile`` and
             of data-parallel training are taken off.
         plan: from :func:`compress.prune`, or read from JSON.
-        inplace: prune ``model`` itself (its parameters become new objects: give them to the optimiser again).
+        inplace: prune ``model`` itself. Its parameters become new objects.
+        optimizer: that of ``model``: it is changed to train the pruned model, with its momenta and averages cut alike.
 
     Raises:
-        PruneError: a parameter of the plan is missing or has another size; the model is as before.
+        PruneError: a parameter of the plan is missing or has another size, or the optimizer cannot follow; model and
+            optimizer are as before.
     """
     model = unwrapped(model)
     tensors = _checked_tensors(model, plan)
-    removed: dict[str, list[tuple[int, Array]]] = {}
-    for (name, axis), indices in plan.removed().items():
-        removed.setdefault(name, []).append((axis, indices))
+    removed = _cuts(plan)
     sliced = {name: _without(tensors[name], cuts) for name, cuts in removed.items()}
+    if optimizer is not None and not inplace:
+        pruned = apply(model, plan)
+        move_optimizer(optimizer, model, pruned, plan)
+        return pruned
     if inplace:
+        if optimizer is not None:
+            follow(optimizer, _replacements(tensors, {**tensors, **sliced}, removed))()
         _replace(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
     else:
         # the copy meets the sliced tensors where the originals were, so those are never copied at full size
@@ -42,6 +51,12 @@ def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False) -> nn.Mod
         _set_integer(model, value)
     _describe_modules(model)
     return model
+
+
+def move_optimizer(optimizer: Optimizer, model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> None:
+    """Make the optimizer of ``model`` that of ``pruned``, a copy that ``plan`` was applied to; see :func:`apply`."""
+    before, after = dict(_named_tensors(unwrapped(model))), dict(_named_tensors(pruned))
+    follow(optimizer, _replacements(before, after, _cuts(plan)))()
 
 
 def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -89,6 +104,30 @@ def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
+
+
+def _cuts(plan: PrunePlan) -> dict[str, list[tuple[int, Array]]]:
+    """What each parameter or buffer loses: (axis, indices) for each axis that is touched."""
+    removed: dict[str, list[tuple[int, Array]]] = {}
+    for (name, axis), indices in plan.removed().items():
+        removed.setdefault(name, []).append((axis, indices))
+    return removed
+
+
+def _replacements(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], removed: Mapping[str, list[tuple[int, Array]]]
+) -> dict[Tensor, tuple[nn.Parameter, Cut]]:
+    found: dict[Tensor, tuple[nn.Parameter, Cut]] = {}
+    for name, old in before.items():
+        new, cuts = after[name], removed.get(name, [])
+        # a tied parameter goes by several names, and the plan knows one
+        if isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter) and (cuts or old not in found):
+            found[old] = new, partial(_without_on, cuts=cuts)
+    return found
+
+
+def _without_on(tensor: Tensor, axes: tuple[int, ...], cuts: list[tuple[int, Array]]) -> Tensor:
+    return _without(tensor, [(axis, indices) for axis, indices in cuts if axis in axes])
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

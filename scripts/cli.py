@@ -1,4 +1,4 @@
-"""The console command ``prunus``: ``prunus prune --model ...``, ``prunus inspect MODEL``, ``prunus demo``."""
+"""The console command ``prunus``: ``prunus prune --model ...``, ``prunus sensitivity``, ``prunus inspect MODEL``."""
 
 import importlib
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "prune": "prune a model to a budget, in rounds of pruning and training",
+    "sensitivity": "show what each layer costs in accuracy when it alone is pruned",
     "inspect": "show what can be removed from a model, and why the rest cannot",
     "demo": "train, prune, retrain and reload a small network on the digits of scikit-learn",
 }
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print("usage: prunus COMMAND [flags]     (prunus COMMAND --help lists the flags)\n")
-        print("\n".join(f"  {command:<8} {purpose}" for command, purpose in COMMANDS.items()))
+        print("\n".join(f"  {command:<11} {purpose}" for command, purpose in COMMANDS.items()))
         return 0
     if name not in COMMANDS:
         print(f"prunus: there is no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)

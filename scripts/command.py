@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-LISTS = ("--mean", "--std", "--input_shape")  # flags that take several values
+LISTS = ("--mean", "--std", "--input_shape", "--criteria", "--ratios")  # flags that take several values
 
 
 class FlagParser(ArgumentParser):
@@ -42,7 +42,7 @@ def run_command(run: Callable[[Any], object], config: type, prog: str, argv: Seq
         print(f"{prog}: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command goes on from the last committed round", file=sys.stderr)
+        print(f"{prog}: interrupted; the same command goes on from what is on the disk", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -12,6 +12,21 @@ from compress.folder import claim
 CONFIG_FILE = "config.yaml"
 # Where and how loudly a run works; everything else must be equal for a folder to be the same run.
 NOT_IN_CONFIG_FILE = ("folder", "device")
+
+
+class ModelConfig(Protocol):
+    """What says which model is meant, with which weights and where."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def checkpoint(self) -> str | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def device(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +42,13 @@ class PruneConfig:
         mean: per channel on the scale of [0, 1], as in --mean 0.485 0.456 0.406; default: measured on the data
         std: likewise
         image_size: pixels a side, for image folders whose images differ in size
-        criterion: which channels go: l1, l2, mean_activation, nonzero or random
+        criterion: which channels go: l1, l2, mean_activation, nonzero, random, taylor, bn_scale, fpgm, lamp, or
+            FILE.py:FUNCTION for one of your own
+        calibration: images that data-driven criteria and --recover look at: validation (kept apart from training) or
+            train; default: validation for a criterion, train where only --recover needs them
+        calibration_batches: how many batches of them, of at most 128 images (of 32 for gradients)
         scope: "global" compares channels over layers, "uniform" takes the same part of each
+        round_to: widths become multiples of it; "auto" times which multiples are worth it on this machine
         schedule: one_shot, linear, cubic or exponential
         rounds: of pruning and training
         epochs: of training in each round
@@ -51,7 +71,10 @@ class PruneConfig:
     std: list[float] | None = None
     image_size: int | None = None
     criterion: str = "l2"
+    calibration: str | None = None
+    calibration_batches: int = 8
     scope: str = "global"
+    round_to: int | str = 1
     schedule: str = "cubic"
     rounds: int = 3
     epochs: int = 2
@@ -65,9 +88,11 @@ class PruneConfig:
     folder: str = "runs/prune"
 
     def __post_init__(self) -> None:
-        for name in ("dense_epochs", "rounds", "epochs", "batch_size"):
+        for name in ("dense_epochs", "rounds", "epochs", "batch_size", "calibration_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least 1")
+        if self.calibration not in (None, "validation", "train"):
+            raise ValueError(f"--calibration is {self.calibration}, but it must be validation or train")
         if not 0 <= self.distill <= 1:
             raise ValueError(f"--distill is {self.distill}, but it must be in [0, 1]: the part that the teacher has")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.checkpoint import load_state_dict, read_state_dict
-from compress.criteria import needs_activations, resolve
+from compress.criteria import needs, resolve
 from compress.loop import RunResult
 from compress.report import RoundRecord
 from compress.rounds import RoundContext
@@ -19,13 +19,14 @@ from compress.seeding import seed_everything
 from mtl import Distillation, FitOptions, Task, evaluate, fit
 from mtl.data import ImageData
 from scripts.command import run_command
-from scripts.config import CONFIG_FILE, PruneConfig, claim_folder
-from scripts.sources import build_model, open_data
+from scripts.config import CONFIG_FILE, ModelConfig, PruneConfig, claim_folder
+from scripts.sources import build_model, find_criterion, open_data
 from scripts.table import print_before_after, print_round
 
 TASK = Task("class", nn.CrossEntropyLoss())
 TEMPERATURE = 4.0  # of distillation: soft enough to show the teacher's second thoughts (Hinton et al. 2015, section 3)
-CALIBRATION_IMAGES = 1024
+CALIBRATION_BATCH_SIZE = 128
+GRADIENT_BATCH_SIZE = 32  # each batch is one sample of the gradient
 TEST_BATCH_SIZE = 500
 
 
@@ -36,21 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: PruneConfig) -> RunResult:
     """Prunes as ``config`` says, prints a table a round, and returns the result. Bad input is a ``ValueError``."""
-    on_activations = needs_activations(resolve(config.criterion))
+    criterion = find_criterion(config.criterion)
+    wanted = needs(resolve(criterion))
+    # How often a channel is used must be asked on images that the model was not trained on.
+    split = config.calibration or ("validation" if wanted else "train")
+    on_data = bool(wanted) or config.recover
     data = open_data(
         config.data,
         mean=config.mean,
         std=config.std,
         image_size=config.image_size,
-        validation=0.1 if on_activations else 0.0,
+        validation=0.1 if on_data and split == "validation" else 0.0,
     )
-    model, example = _model_and_example(config, data)
+    model, example = model_and_example(config, data)
     folder, stop = Path(config.folder), None if config.max_drop is None else compress.StopRule(config.max_drop)
-    options: dict[str, Any] = {"budget": config.budget, "criterion": config.criterion, "scope": config.scope}
-    if config.recover or on_activations:
-        # How often a channel is used must be asked on images that the model was not trained on.
-        split = "validation" if on_activations else "train"
-        batches = data.loader(split, shuffle=False, augment=False, limit=CALIBRATION_IMAGES, seed=config.seed)
+    options: dict[str, Any] = {"budget": config.budget, "criterion": criterion, "scope": config.scope}
+    options["round_to"] = config.round_to
+    if on_data:
+        size = GRADIENT_BATCH_SIZE if "gradients" in wanted else CALIBRATION_BATCH_SIZE
+        limit = size * config.calibration_batches
+        batches = data.loader(split, batch_size=size, shuffle=False, augment=False, limit=limit, seed=config.seed)
         options |= {"calibration": batches, "recover": config.recover}
     if not (folder / CONFIG_FILE).exists():  # what cannot work fails before anything is written
         kept_fraction(config.schedule, config.budget.fraction, 0, config.rounds)
@@ -84,7 +90,7 @@ def run(config: PruneConfig) -> RunResult:
     return result
 
 
-def _model_and_example(config: PruneConfig, data: ImageData) -> tuple[nn.Module, Tensor]:
+def model_and_example(config: ModelConfig, data: ImageData) -> tuple[nn.Module, Tensor]:
     """The model with its checkpoint, and the data's first image (1, C, H, W), both on the device."""
     device = _device(config.device)
     seed_everything(config.seed)
@@ -115,7 +121,7 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); give auto or cpu") from error
 
 
-def _check_fit(model: nn.Module, example: Tensor, data: ImageData, config: PruneConfig) -> None:
+def _check_fit(model: nn.Module, example: Tensor, data: ImageData, config: ModelConfig) -> None:
     """The model must take the data's images and give a number for each of its classes."""
     shape = tuple(example.shape[1:])
     remedy = "choose a model for such images, or other data"

@@ -1,4 +1,4 @@
-"""Where models and data come from: ``layers:resnet20_cifar``, ``my_net.py:build``, ``imagefolder:PATH``, ``digits``."""
+"""Where models, criteria and data come from: ``layers:resnet20_cifar``, ``my_net.py:build``, ``imagefolder:PATH``."""
 
 import difflib
 import importlib.util
@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 import layers.models
+from compress.criteria import CRITERIA, Criterion
 from mtl.data import ImageData, cifar10, cifar100, digits, image_folder
 
 MODEL_SOURCES = "layers:NAME, torchvision:NAME, timm:NAME or FILE.py:FACTORY"
@@ -26,9 +27,9 @@ def build_model(source: str, num_classes: int) -> nn.Module:
     """
     kind, _, name = source.rpartition(":")
     if kind.endswith(".py"):
-        factory = _from_file(Path(kind), name)
+        factory = _from_file(Path(kind), name, "model")
     elif kind == "layers":
-        _check_name(source, name, layers.models.__all__)
+        _check_name(f"model {source!r}", name, layers.models.__all__)
         factory = getattr(layers.models, name)
     elif kind == "torchvision":
         factory = _from_torchvision(source, name)
@@ -43,6 +44,19 @@ def build_model(source: str, num_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {source!r} gave a {type(model).__name__}; the factory must return a torch.nn.Module")
     return model
+
+
+def find_criterion(source: str) -> str | Criterion:
+    """The name of a criterion as it is, or the function that ``FILE.py:FUNCTION`` names.
+
+    Raises ``ValueError`` for a name, file or function that does not exist, and for a file that cannot be imported.
+    """
+    if source in CRITERIA:
+        return source
+    file, _, name = source.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(f"criterion {source!r} is none of {', '.join(CRITERIA)}, nor FILE.py:FUNCTION")
+    return _from_file(Path(file), name, "criterion")
 
 
 def open_data(source: str, *, mean: Channels, std: Channels, image_size: int | None, validation: float) -> ImageData:
@@ -65,11 +79,11 @@ def open_data(source: str, *, mean: Channels, std: Channels, image_size: int | N
     return (cifar10 if kind == "cifar10" else cifar100)(path, mean=mean, std=std, validation=validation)
 
 
-def _from_file(file: Path, name: str) -> Callable[..., object]:
+def _from_file(file: Path, name: str, what: str) -> Callable[..., object]:
     if not file.is_file():
-        raise ValueError(f"model file {file} does not exist; give FILE.py:FACTORY")
+        raise ValueError(f"{what} file {file} does not exist; give FILE.py:NAME")
     # A name of its own: a file called layers.py must not replace our package.
-    spec = importlib.util.spec_from_file_location(f"model_of_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{what}_of_{file.stem}", file)
     assert spec is not None  # a path that ends in .py always has a loader
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -78,16 +92,16 @@ def _from_file(file: Path, name: str) -> Callable[..., object]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"model file {file} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what} file {file} cannot be imported: {type(error).__name__}: {error}") from error
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    _check_name(f"{file}:{name}", name, functions)
+    _check_name(f"{what} '{file}:{name}'", name, functions)
     return getattr(module, name)
 
 
 def _from_torchvision(source: str, name: str) -> Callable[..., object]:
     import torchvision.models
 
-    _check_name(source, name, torchvision.models.list_models(module=torchvision.models))
+    _check_name(f"model {source!r}", name, torchvision.models.list_models(module=torchvision.models))
     builder = torchvision.models.get_model_builder(name)
     return lambda num_classes: builder(weights=None, num_classes=num_classes)
 
@@ -97,7 +111,7 @@ def _from_timm(source: str, name: str) -> Callable[..., object]:
         import timm
     except ImportError as error:
         raise ValueError(f"model {source!r} needs timm, which is not installed; run: pip install timm") from error
-    _check_name(source, name.partition(".")[0], timm.list_models())  # a tag after the dot names weights
+    _check_name(f"model {source!r}", name.partition(".")[0], timm.list_models())  # a tag after the dot names weights
     return lambda num_classes: timm.create_model(name, num_classes=num_classes)
 
 
@@ -105,7 +119,7 @@ def _check_name(source: str, name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3) or known[:6]
-        raise ValueError(f"model {source!r} does not exist; there is {', '.join(close) or 'nothing of the kind'}")
+        raise ValueError(f"{source} does not exist; there is {', '.join(close) or 'nothing of the kind'}")
 
 
 def _takes_num_classes(factory: Callable[..., object]) -> bool:

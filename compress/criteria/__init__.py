@@ -1,10 +1,11 @@
 """How important a channel is. A criterion gives one score for each unit of a group; the lowest go first.
 
 >>> sorted(CRITERIA)
-['l1', 'l2', 'mean_activation', 'nonzero', 'random']
+['bn_scale', 'fpgm', 'l1', 'l2', 'lamp', 'mean_activation', 'nonzero', 'random', 'taylor']
 
-A criterion is any callable ``(group, evidence) -> scores`` of shape (units,). One that looks at activations says so
-with an attribute ``needs = {"activations"}``; they are collected over all calibration batches before it is called.
+A criterion is any callable ``(group, evidence) -> scores`` of shape (units,). One that looks at data says so with an
+attribute ``needs``: ``{"activations"}``, ``{"gradients"}`` or both; they are collected over all calibration batches
+before it is called.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,11 @@ from typing import Any
 
 from compress.channels import ChannelGroup
 from compress.criteria.activations import mean_activation, nonzero
+from compress.criteria.batch_norm import bn_scale
 from compress.criteria.chance import random
+from compress.criteria.lamp import lamp
+from compress.criteria.median import fpgm
+from compress.criteria.taylor import taylor
 from compress.criteria.weights import l1, l2
 from compress.errors import PruneError
 from compress.evidence import Evidence, Values
@@ -25,9 +30,13 @@ CRITERIA: dict[str, Criterion] = {
     "mean_activation": mean_activation,
     "nonzero": nonzero,
     "random": random,
+    "taylor": taylor,
+    "bn_scale": bn_scale,
+    "fpgm": fpgm,
+    "lamp": lamp,
 }
 
-__all__ = ["CRITERIA", "Criterion", "Evidence", "Values", "needs_activations", "resolve"]
+__all__ = ["CRITERIA", "Criterion", "Evidence", "Values", "needs", "resolve"]
 
 
 def resolve(criterion: str | Criterion) -> Criterion:
@@ -43,6 +52,6 @@ def resolve(criterion: str | Criterion) -> Criterion:
     return CRITERIA[criterion]
 
 
-def needs_activations(criterion: Criterion) -> bool:
-    """Whether the criterion looks at activations, so that calibration data are needed."""
-    return "activations" in getattr(criterion, "needs", ())
+def needs(criterion: Criterion) -> frozenset[str]:
+    """Which evidence from calibration data the criterion looks at: "activations", "gradients", both or none."""
+    return frozenset(getattr(criterion, "needs", ()))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from compress import CRITERIA, Budget, PruneError, prune, trace
-from compress.criteria import needs_activations, resolve
+from compress.criteria import needs, resolve
 from compress.evidence import Evidence, collect_activations
 from tests.compress.helpers import image, lively
 
@@ -86,6 +86,65 @@ def test_streaming_equals_one_big_batch(name: str) -> None:
         assert a == pytest.approx(b, rel=1e-6)
 
 
+def _rows(model: nn.Module, *layers: str) -> list[np.ndarray]:
+    """The weights that make each channel of some layers, (channels, weights) each."""
+    return [getattr(model, name).weight.detach().double().flatten(1).numpy() for name in layers]
+
+
+def test_fpgm_is_the_mean_distance_to_all_filters() -> None:
+    model = lively(Net()).float()
+    stem, body = _scores("fpgm", model)
+    (w,) = _rows(model, "stem")
+    assert stem == pytest.approx([np.mean([np.linalg.norm(a - b) for b in w]) for a in w])
+    w = np.concatenate(_rows(model, "a", "b"), axis=1)  # two layers make the channel: one long filter
+    assert body == pytest.approx([np.mean([np.linalg.norm(a - b) for b in w]) for a in w])
+
+
+def test_fpgm_of_equal_filters_is_zero() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.stem.weight.copy_(1e3 * model.stem.weight[:1].clone())
+    assert _scores("fpgm", model)[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_lamp_is_the_part_of_what_is_not_smaller() -> None:
+    model = lively(Net()).float()
+    stem, body = _scores("lamp", model)
+    for found, rows in ((stem, _rows(model, "stem")), (body, _rows(model, "a", "b"))):
+        squares = (np.concatenate(rows, axis=1) ** 2).mean(1)
+        assert found == pytest.approx([s / squares[squares >= s].sum() for s in squares])
+        assert found.max() == 1
+
+
+def test_lamp_of_empty_and_equal_channels() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.stem.weight.fill_(1)
+        model.stem.weight[:3] = 0
+    assert _scores("lamp", model)[0] == pytest.approx([0, 0, 0, *(1 / n for n in range(8, 0, -1))])
+
+
+def test_bn_scale_is_the_mean_scale_and_falls_back_on_l1() -> None:
+    class Normed(Net):
+        """The stem's channels pass two norms, one of them a function; the body's pass none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(11))
+            self.register_buffer("mean", torch.zeros(11))
+            self.register_buffer("var", torch.ones(11))
+
+        def forward(self, x):
+            x = nn.functional.batch_norm(self.norm(self.stem(x)), self.mean, self.var, self.scale)
+            return self.head((self.a(x) + self.b(x)).relu().mean((2, 3)))
+
+    model = lively(Normed()).float()
+    stem, body = _scores("bn_scale", model)
+    gammas = [tensor.detach().double().abs().numpy() for tensor in (model.norm.weight, model.scale)]
+    assert stem == pytest.approx(np.mean(gammas, axis=0))
+    assert np.array_equal(body, _scores("l1", model)[1])
+
+
 def test_nonzero_is_the_part_that_is_not_zero() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
@@ -158,7 +217,7 @@ def test_a_criterion_that_needs_data_says_so() -> None:
     with pytest.raises(PruneError, match="declare `needs"):
         prune(Net(), BATCHES[0], budget=Budget(channels=0.5), criterion=by_activation)
     by_activation.needs = {"activations"}
-    assert needs_activations(by_activation)
+    assert needs(by_activation) == {"activations"}
     same = prune(Net(), BATCHES[0], budget=Budget(channels=0.5), criterion=by_activation, calibration=BATCHES)
     assert same.plan.groups
 

@@ -164,8 +164,8 @@ def test_what_saves_nothing_goes_last() -> None:
 
 
 def test_a_width_that_is_no_number_is_refused() -> None:
-    with pytest.raises(compress.PruneError, match=r"round_to='auto' is not there yet.*such as 8"):
-        SelectOptions(round_to="auto")
+    with pytest.raises(compress.PruneError, match=r"round_to='eight' is no width: give a whole number, such as 8"):
+        compress.prune(_model(), image(), budget=compress.Budget(macs=0.5), round_to="eight")
 
 
 def test_a_measured_cost_that_says_more_the_second_time_still_gives_a_selection() -> None:

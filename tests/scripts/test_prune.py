@@ -110,12 +110,44 @@ def test_another_run_is_refused_and_nothing_is_overwritten(finished: Path, file:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == content
 
 
-@pytest.mark.parametrize("criterion", ["l1", "mean_activation", "nonzero", "random"])
+@pytest.mark.parametrize("criterion", ["bn_scale", "nonzero", "taylor"])
 def test_prunes_a_checkpoint_by_every_criterion(file: Path, checkpoint: Path, tmp_path: Path, criterion: str) -> None:
     flags = _flags(file, tmp_path / "a", "--checkpoint", str(checkpoint), "--criterion", criterion, "--rounds", "1")
     assert main([*flags, "--mean", "0.3", "--std", "0.4", "--batch-size", "500"]) == 0
     assert not (tmp_path / "a" / "dense").exists()
     assert _history(tmp_path / "a")[1]["macs"] <= 0.5 * _history(tmp_path / "a")[0]["macs"]
+
+
+def test_calibration_is_on_the_images_that_were_asked_for(
+    file: Path, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    seen = []
+
+    def loader(data, split, **options):
+        seen.append((split, options.get("batch_size"), options.get("limit"), len(getattr(data, split))))
+        raise ValueError("enough")
+
+    for criterion in ("nonzero", "taylor"):
+        (tmp_path / f"{criterion}.py").write_text(f"from compress import CRITERIA\nfound = CRITERIA['{criterion}']\n")
+    monkeypatch.setattr("scripts.prune.model_and_example", lambda config, data: (None, None))
+    monkeypatch.setattr("mtl.data.ImageData.loader", loader)
+    flags = _flags(file, tmp_path / "a", "--checkpoint", str(checkpoint))
+    for more in (
+        ["--criterion", "nonzero"],
+        ["--criterion", "nonzero", "--calibration", "train", "--calibration-batches", "3"],
+        ["--criterion", f"{tmp_path / 'taylor.py'}:found", "--calibration-batches", "2"],
+        ["--recover"],
+        ["--recover", "--calibration", "validation"],
+    ):
+        assert main([*flags, *more]) == 2
+    whole, held_out = 1437, 144
+    assert seen == [
+        ("validation", 128, 8 * 128, held_out),
+        ("train", 128, 3 * 128, whole),
+        ("validation", 32, 2 * 32, held_out),
+        ("train", 128, 8 * 128, whole),
+        ("validation", 128, 8 * 128, held_out),
+    ]
 
 
 def _write_payload(path: Path) -> None:
@@ -142,6 +174,9 @@ def _folder_of_images(path: Path, size: int, number: int) -> str:
         ("empty data", "holds no images"),
         ("no data", "none of digits, imagefolder"),
         ("criterion", "no_such"),
+        ("criterion file", "no_such.py does not exist"),
+        ("calibration", "--calibration is test, but it must be validation or train"),
+        ("calibration batches", "--calibration-batches is 0"),
         ("budget of 0", "above 0 and at most 1"),
         ("budget of 1.5", "above 0 and at most 1"),
         ("two budgets", "one of"),
@@ -163,6 +198,9 @@ def test_bad_input_is_one_line_and_status_2(file: Path, tmp_path: Path, case: st
         "empty data": ["--data", _folder_of_images(tmp_path / "y", size=16, number=0)],
         "no data": ["--data", "mnist"],
         "criterion": ["--criterion", "no_such"],
+        "criterion file": ["--criterion", "no_such.py:function"],
+        "calibration": ["--calibration", "test"],
+        "calibration batches": ["--calibration-batches", "0"],
         "budget of 0": ["--budget.macs", "0"],
         "budget of 1.5": ["--budget.macs", "1.5"],
         "two budgets": ["--budget.params", "0.5"],
@@ -200,4 +238,4 @@ def test_the_command_lists_its_sub_commands(capsys) -> None:
     assert cli.main([]) == cli.main(["--help"]) == 0
     assert "prune" in capsys.readouterr().out
     assert cli.main(["prone"]) == 2
-    assert "choose one of prune, inspect, demo" in capsys.readouterr().err
+    assert "choose one of prune, sensitivity, inspect, demo" in capsys.readouterr().err

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.sources import build_model, open_data
+import compress
+from scripts.sources import build_model, find_criterion, open_data
 
 
 @pytest.mark.parametrize("source", ["layers:resnet20_cifar", "torchvision:squeezenet1_1", "timm:resnet10t"])
@@ -50,6 +51,31 @@ def test_builds_models_from_a_file(tmp_path: Path) -> None:
 def test_unknown_models(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(source, 10)
+
+
+def test_criteria_by_name_and_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def first(group, evidence): return range(group.num_units)\nNUMBER = 3\n")
+    assert find_criterion("taylor") == "taylor"
+    function = find_criterion(f"{file}:first")
+    result = compress.prune(
+        torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)),
+        torch.zeros(1, 3),
+        budget=compress.Budget(channels=0.5),
+        criterion=function,
+    )
+    assert result.plan.groups[0].members[0].removed == (0, 1, 2, 3)
+    for source, message in {
+        "l3": r"criterion 'l3' is none of l1, l2, .*, nor FILE\.py:FUNCTION",
+        f"{tmp_path / 'no.py'}:first": r"criterion file .*no\.py does not exist; give FILE\.py:NAME",
+        f"{file}:second": r"mine\.py:second' does not exist; there is first",
+        f"{file}:NUMBER": r"mine\.py:NUMBER' does not exist; there is first",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            find_criterion(source)
+    file.write_text("1 / 0\n")
+    with pytest.raises(ValueError, match=r"criterion file .*mine\.py cannot be imported: ZeroDivisionError"):
+        find_criterion(f"{file}:first")
 
 
 def _open(source: str, **options: object):
