@@ -155,6 +155,12 @@ class ChannelGraph:
         count = np.bincount(position, weights=counts[inside], minlength=group.num_units)
         return np.divide(total, count, out=np.full(group.num_units, np.nan), where=count > 0)
 
+    def units(self, labels: Array) -> tuple[Array, Array]:
+        """The group of each label (-1: never removed), and the unit of that group that it belongs to."""
+        component = self._solution.component[labels]
+        group = np.where(labels == FIXED, -1, self._solution.group[component])
+        return group, self._solution.position[component]
+
     def stored_after(self, removed: Mapping[int, int]) -> dict[Stored, int]:
         """New values of the stored integers that change when lump ``i`` is removed ``removed[i]`` times."""
         lowered: dict[Stored, int] = {}

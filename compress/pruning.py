@@ -8,19 +8,23 @@ import numpy as np
 from torch import nn
 
 from compress.budget import Budget
-from compress.calibration import Calibration, check_calibration
+from compress.calibration import Calibration, batches, check_calibration
 from compress.channels import ChannelGraph, trace
 from compress.cost import Cost, CostModel, cost_of, latencies
-from compress.criteria import Criterion, needs_activations, resolve
+from compress.criteria import Criterion, needs, resolve
 from compress.errors import PruneError
-from compress.evidence import ActivationSums, Evidence, Values, collect_activations
+from compress.evidence import Evidence, Values, collect_activations
+from compress.gram import collect_grams
 from compress.labels import Array
 from compress.plan import PrunePlan, make_plan
-from compress.recover import reestimate_batch_norm
+from compress.recover import Recovery, methods_of
+from compress.recover import recover as recovered
+from compress.removal import Removal, by_score
 from compress.sandbox import on_meta, unwrapped
 from compress.select import Selection, SelectOptions, select
 from compress.surgery import apply
 from compress.trace import ExampleInputs, record
+from compress.trial import Trial, first_samples
 from compress.verify import agrees, check_repeatable, culprits
 
 
@@ -29,7 +33,8 @@ class PruneResult:
     """A pruned model and how it came about.
 
     ``kept`` gives (kept, total) output channels by layer, ``scores`` the scores of all units by group before pruning,
-    ``notes`` what a user should know (groups that were frozen because their removal did not verify, say).
+    ``notes`` what a user should know (groups that were frozen because their removal did not verify, say), ``recovery``
+    what was won back without training.
     """
 
     model: nn.Module
@@ -39,6 +44,7 @@ class PruneResult:
     kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     scores: Mapping[str, Values] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    recovery: Recovery | None = None
 
     def summary(self) -> str:
         """Before and after as a table, with what is left of each layer."""
@@ -56,7 +62,7 @@ def prune(
     scope: str = "global",
     calibration: Calibration | None = None,
     loss: Callable[..., Any] | None = None,
-    recover: bool = False,
+    recover: bool | Sequence[str] = False,
     exact_only: bool = False,
     protect: Sequence[str] = (),
     round_to: int = 1,
@@ -73,7 +79,8 @@ def prune(
         scope: "global" compares channels over the whole model, "uniform" takes the same part of every group.
         calibration: batches for criteria that look at activations, and for ``recover``; a DataLoader will do.
         loss: what criteria that need targets minimise; handed to the criterion in its evidence.
-        recover: re-estimate batch-norm statistics on ``calibration`` afterwards.
+        recover: repair the pruned model from ``calibration`` alone, without labels or training: True, or names from
+            :data:`compress.recover.METHODS`; each is kept where it helps on held-out data.
         exact_only: remove only what can be removed exactly (see :attr:`PrunePlan.exact`).
         protect: shell patterns of parameter or module names that must stay whole, such as ``"head.*"``.
         round_to: widths become multiples of this number.
@@ -95,22 +102,25 @@ def prune(
     model = unwrapped(model)
     score = resolve(criterion)
     options = SelectOptions(scope, round_to, min_channels, exact_steps=budget.metric != "latency")
-    if recover:
-        calibration = check_calibration(calibration, "recover=True")
-    if needs_activations(score):
+    methods = methods_of(recover)
+    if methods:
+        calibration = check_calibration(calibration, f"recover={recover!r}")
+    if needs(score):
         calibration = check_calibration(calibration, f"criterion {criterion!r}")
     graph = trace(model, example_inputs).protecting(protect)
     graph = graph.exactly() if exact_only else graph
-    activations = None
-    if needs_activations(score) and calibration is not None:
-        activations = collect_activations(model, graph, calibration)
+    evidence = Evidence(model, graph, loss=loss, seed=seed)
+    if "activations" in needs(score) and calibration is not None:
+        evidence = replace(evidence, activations=collect_activations(model, graph, calibration))
+    if "grams" in needs(score) and calibration is not None:
+        evidence = replace(evidence, **_grams(model, graph, calibration, seed))
     notes = list(graph.trace.notes)
     if on_meta(model):
         notes.append("not verified: the model is on the meta device and has no values")
     while True:
-        scores = _scores(model, graph, score, activations, loss, seed)
+        removals, scores = _removals(score, replace(evidence, graph=graph))
         attempt = _Attempt(model, example_inputs, graph)
-        selection = select(graph, scores, attempt.savings(budget), attempt.cost(budget), budget.fraction, options)
+        selection = select(graph, removals, attempt.price(budget), attempt.cost(budget), budget.fraction, options)
         failed = [] if on_meta(model) else attempt.failing_lumps(selection)
         if not failed:
             break
@@ -119,13 +129,15 @@ def prune(
         notes.append(f"kept whole, as removal did not verify: {', '.join(names)}")
         graph = graph.without(_of_their_kind(graph, failed), "its removal did not verify")
     pruned, plan = attempt.pruned(selection)
-    if recover and calibration is not None:
-        reestimate_batch_norm(pruned, calibration)
+    recovery = None
+    if methods and calibration is not None and plan.groups:
+        recovery = recovered(pruned, model, plan, calibration, methods, seed=seed)
+        notes += recovery.notes
     after = cost_of(pruned, record(pruned, example_inputs, training=False))
     if graph.trace.real:  # another number of proposals, say, would be counted: price what the dense model ran
         after = replace(after, macs=round(attempt.cost(Budget(macs=1.0))(selection) * attempt.before.macs))
     named = {f"{group.name}#{group.index}": values for group, values in zip(graph.groups, scores, strict=True)}
-    return PruneResult(pruned, plan, attempt.before, after, _kept(graph, plan), named, tuple(notes))
+    return PruneResult(pruned, plan, attempt.before, after, _kept(graph, plan), named, tuple(notes), recovery)
 
 
 class _Attempt:
@@ -154,15 +166,9 @@ class _Attempt:
 
         return after
 
-    def savings(self, budget: Budget) -> list[float]:
-        """What each lump saves when it is the first to go; multiply-accumulates stand in for seconds."""
-        remaining = self._remaining("macs" if budget.metric == "latency" else budget.metric)
-        saved = []
-        for lump in self.graph.lumps:
-            kept = self.graph.sizes.copy()
-            kept[list(lump.units)] -= list(lump.units.values())
-            saved.append(1.0 - remaining(kept))
-        return saved
+    def price(self, budget: Budget) -> Callable[[Array], float]:
+        """What remains of the dense model's cost with so many units kept; MACs stand in for seconds."""
+        return self._remaining("macs" if budget.metric == "latency" else budget.metric)
 
     def _remaining(self, metric: str) -> Callable[[Array], float]:
         if metric == "channels":
@@ -208,18 +214,23 @@ class _Attempt:
         return small / dense
 
 
-def _scores(
-    model: nn.Module,
-    graph: ChannelGraph,
-    criterion: Criterion,
-    activations: ActivationSums | None,
-    loss: Callable[..., Any] | None,
-    seed: int,
-) -> list[Values]:
-    evidence = Evidence(model, graph, activations, loss, seed)
-    scores = []
-    for group in graph.groups:
-        values = np.asarray(criterion(group, evidence), dtype=np.float64)
+TRIAL_PASSES = 3  # passes over the calibration data that trying out all groups may cost
+
+
+def _grams(model: nn.Module, graph: ChannelGraph, calibration: Calibration, seed: int) -> dict[str, Any]:
+    """Evidence for criteria that know what a removal does to consumers, and ask what that does to the outputs."""
+    grams = collect_grams(model, graph, calibration, seed=seed)
+    number = max(TRIAL_PASSES * grams.num_samples // max(len(graph.sizes), 1), 16)
+    inputs = first_samples((inputs for inputs, _ in batches(calibration, model)), min(number, grams.num_samples))
+    return {"grams": grams, "trial": Trial(model, inputs)}
+
+
+def _removals(criterion: Criterion, evidence: Evidence) -> tuple[list[Removal], list[Values]]:
+    """In which order each group's units go and what that loses, and a score for each unit."""
+    removals, scores = [], []
+    for group in evidence.graph.groups:
+        found = criterion(group, evidence)
+        values = found.scores if isinstance(found, Removal) else np.asarray(found, dtype=np.float64)
         if values.shape != (group.num_units,):
             raise PruneError(
                 f"the criterion gave scores of shape {values.shape} for group {group.name!r}, which has "
@@ -229,8 +240,9 @@ def _scores(
             raise PruneError(
                 f"the criterion gave scores that are not finite for group {group.name!r}: check the weights"
             )
+        removals.append(found if isinstance(found, Removal) else by_score(group, values))
         scores.append(values)
-    return scores
+    return removals, scores
 
 
 def _restricted(graph: ChannelGraph, selection: Selection, lumps: Sequence[int]) -> Selection:

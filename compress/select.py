@@ -6,16 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compress.channels import ChannelGraph, ChannelGroup
+from compress.channels import ChannelGraph
 from compress.errors import BudgetError, PruneError
 from compress.labels import Array
+from compress.removal import Removal, by_score
 
-Scores = Sequence[npt.NDArray[np.float64]]
+Price = Callable[[Array], float]
 
 FLOOR = 0.1  # no axis falls below this part of its length: PruningBench's "10 % group-wise protection"
 SCOPES = ("global", "uniform")
 MAX_SKIPS = 11  # large steps that may be left out to come closer to the budget
 CLOSE_ENOUGH = 0.001  # of the budget
+REPRICE = 0.005  # of the dense cost: when so much is gone, what each lump saves is worked out anew
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class SelectOptions:
 
 def select(
     graph: ChannelGraph,
-    scores: Scores,
-    savings: Sequence[float],
+    removals: Sequence[Removal],
+    price: Price,
     cost: Callable[[Selection], float],
     target: float,
     options: SelectOptions,
@@ -67,16 +69,16 @@ def select(
     """The shortest prefix of the removal order whose cost is at most ``target``.
 
     Args:
-        scores: importance of the units of each group, shape (units,), higher is kept.
-        savings: what removing each lump once from the dense model saves, in any unit.
+        removals: of each group.
+        price: what a model costs of which so many units of each group are kept, as a fraction of the dense one.
         cost: the exact cost of a selection, as a fraction of the dense model's; falls as more is removed.
         target: fraction in (0, 1].
 
     Raises:
         BudgetError: the target is below what the floors allow; says the smallest that can be reached.
     """
-    order = [np.argsort(values, kind="stable") for values in scores]
-    chunks = list(_feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options))
+    order = [removal.order for removal in removals]
+    chunks = list(_in_order(graph, removals, price, options))
 
     def after(taken: Sequence[Chunk]) -> Selection:
         return _selection(graph, order, _times(taken))
@@ -119,49 +121,77 @@ def _shortest(chunks: Sequence[Chunk], least: int, holds: Callable[[Sequence[Chu
     return high
 
 
-def smallest(graph: ChannelGraph, savings: Sequence[float], cost: Callable[[Selection], float]) -> float:
+def smallest(graph: ChannelGraph, price: Price, cost: Callable[[Selection], float]) -> float:
     """The lowest cost that the floors allow when units of a group are worth the same; arguments as for `select`."""
-    scores = [np.ones(int(size)) for size in graph.sizes]
-    order = [np.arange(int(size), dtype=np.int64) for size in graph.sizes]
-    options = SelectOptions()
-    chunks = list(_feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options))
-    return cost(_selection(graph, order, _times(chunks)))
+    removals = [by_score(group, np.ones(group.num_units)) for group in graph.groups]
+    chunks = list(_in_order(graph, removals, price, SelectOptions()))
+    return cost(_selection(graph, [removal.order for removal in removals], _times(chunks)))
 
 
-def _ordered_chunks(
-    graph: ChannelGraph, scores: Scores, order: Sequence[Array], savings: Sequence[float], options: SelectOptions
-) -> list[Chunk]:
-    losses = [_losses(g, values[ranks]) for g, values, ranks in zip(graph.groups, scores, order, strict=True)]
-    keyed: list[tuple[float, Chunk]] = []
-    for index, lump in enumerate(graph.lumps):
-        available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
-        taken = 0
-        for times in _steps(graph, index, available, options.round_to):
-            if options.scope == "uniform":
-                key = (taken + times) / available
-            else:
-                key = sum(float(losses[g][(taken + times) * n] - losses[g][taken * n]) for g, n in lump.units.items())
-                saved = times * savings[index]
-                key = key / saved if saved > 0 else np.inf  # a head that runs in training only saves nothing: last
-            taken += times
-            keyed.append((key, Chunk(index, times)))
-    # within a lump keys rise, as units are sorted; a stable sort keeps equal ones in order
-    return [chunk for _, chunk in sorted(keyed, key=lambda item: item[0])]
+def _in_order(
+    graph: ChannelGraph, removals: Sequence[Removal], price: Price, options: SelectOptions
+) -> Iterator[Chunk]:
+    """All chunks that the floors allow; the next is always the one that loses least for what it saves by then."""
+    queues = [list(_chunks(graph, index, removals, options)) for index in range(len(graph.lumps))]
+    for queue in queues:
+        queue.reverse()
+    uniform = options.scope == "uniform"
+    room = _Room(graph, options)
+    savings, progress = np.ones(len(queues)), np.inf
+    losses = np.array([queue[-1][0] if queue else np.inf for queue in queues])
+    while np.isfinite(losses).any():
+        if not uniform and progress > REPRICE:
+            savings, progress = _savings(graph, price, room.kept), 0.0
+        # a head that runs in training only saves nothing: it goes last
+        keys = np.where(np.isinf(losses), np.inf, losses / np.maximum(savings, np.finfo(float).tiny))
+        index = int(keys.argmin()) if np.isfinite(keys).any() else int(losses.argmin())
+        _, chunk = queues[index].pop()
+        if room.take(chunk):
+            progress += savings[index] * chunk.times
+            yield chunk
+        else:
+            queues[index].clear()
+        losses[index] = queues[index][-1][0] if queues[index] else np.inf
 
 
-def _losses(group: ChannelGroup, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """What is lost when the first k of the sorted ``values`` go, shape (units + 1,): ``-log`` of the part that stays.
+def _savings(graph: ChannelGraph, price: Price, kept: Array) -> npt.NDArray[np.float64]:
+    """What each lump saves when it is the next to go."""
+    now, saved = price(kept), []
+    for lump in graph.lumps:
+        less = kept.copy()
+        less[list(lump.units)] -= list(lump.units.values())
+        saved.append(now - price(less))
+    return np.array(saved)
 
-    The logarithm makes each further channel of a layer dearer, so that no layer empties while another is untouched.
-    It counts once for each layer that writes the channel: one of a residual stream takes its part from every block.
+
+def _chunks(
+    graph: ChannelGraph, index: int, removals: Sequence[Removal], options: SelectOptions
+) -> Iterator[tuple[float, Chunk]]:
+    """The chunks of one lump in order, each with its loss for every time that the lump goes; losses never fall.
+
+    Where they would, the chunks up to there are worth more together than the first of them alone: they share one loss.
     """
-    shifted = values - min(float(values.min()), 0.0)
-    total = float(shifted.sum())
-    num_layers = sum(member.role == "producer" for member in group.members)
-    if total <= 0:  # all alike
-        shifted, total = np.ones_like(shifted), float(len(shifted))
-    stays = 1.0 - np.concatenate([[0.0], np.cumsum(shifted)]) / total
-    return -np.log(np.maximum(stays, np.finfo(float).tiny)) * max(num_layers, 1)
+    lump = graph.lumps[index]
+    available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
+    taken = 0
+    pools: list[tuple[float, list[Chunk]]] = []  # (loss, chunks)
+    for times in _steps(graph, index, available, options.round_to):
+        if options.scope == "uniform":
+            loss = times * (taken + times) / available
+        else:
+            cut = [(removals[g].losses, n) for g, n in lump.units.items()]
+            loss = sum(float(losses[(taken + times) * n] - losses[taken * n]) for losses, n in cut)
+        taken += times
+        pool = (loss, [Chunk(index, times)])
+        while pools and _slope(pools[-1]) > _slope(pool):
+            before = pools.pop()
+            pool = (before[0] + pool[0], before[1] + pool[1])
+        pools.append(pool)
+    return ((_slope(pool), chunk) for pool in pools for chunk in pool[1])
+
+
+def _slope(pool: tuple[float, list[Chunk]]) -> float:
+    return pool[0] / sum(chunk.times for chunk in pool[1])
 
 
 def _steps(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Iterator[int]:
@@ -187,33 +217,35 @@ def _steps(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Ite
         taken += times
 
 
-def _feasible(graph: ChannelGraph, chunks: Sequence[Chunk], options: SelectOptions) -> Iterator[Chunk]:
-    """The chunks that leave every axis long enough; once a chunk does not fit, nor do later ones of its lump."""
-    matrix = graph.lengths.matrix.tocsc()
-    length = graph.lengths.fixed + graph.lengths.matrix @ graph.sizes
-    least = np.minimum(length, np.maximum(options.min_channels, np.ceil(FLOOR * length))).astype(np.int64)
-    kept = graph.sizes.copy()
-    effects: list[tuple[Array, Array]] = []
-    for lump in graph.lumps:
-        removal = np.zeros(len(kept), dtype=np.int64)
-        removal[list(lump.units)] = list(lump.units.values())
-        effect = matrix @ removal
-        rows = np.flatnonzero(effect)
-        effects.append((rows, effect[rows]))
-    finished: set[int] = set()
-    for chunk in chunks:
-        if chunk.lump in finished:
-            continue
-        rows, effect = effects[chunk.lump]
-        left = length[rows] - chunk.times * effect
-        enough = all(kept[g] >= n * chunk.times for g, n in graph.lumps[chunk.lump].units.items())
-        if not enough or (left < least[rows]).any():
-            finished.add(chunk.lump)
-            continue
-        length[rows] = left
-        for g, n in graph.lumps[chunk.lump].units.items():
-            kept[g] -= n * chunk.times
-        yield chunk
+class _Room:
+    """How much of each group and axis is left, and whether the floors let a chunk go."""
+
+    def __init__(self, graph: ChannelGraph, options: SelectOptions) -> None:
+        matrix = graph.lengths.matrix.tocsc()
+        self.kept = graph.sizes.copy()
+        self._lumps = graph.lumps
+        self._length = graph.lengths.fixed + graph.lengths.matrix @ graph.sizes
+        floor = np.maximum(options.min_channels, np.ceil(FLOOR * self._length))
+        self._least = np.minimum(self._length, floor).astype(np.int64)
+        self._effects: list[tuple[Array, Array]] = []
+        for lump in graph.lumps:
+            removal = np.zeros(len(self.kept), dtype=np.int64)
+            removal[list(lump.units)] = list(lump.units.values())
+            effect = matrix @ removal
+            rows = np.flatnonzero(effect)
+            self._effects.append((rows, effect[rows]))
+
+    def take(self, chunk: Chunk) -> bool:
+        """Whether the chunk fits; if so it is gone. Once one does not, nor do later ones of its lump."""
+        rows, effect = self._effects[chunk.lump]
+        units = self._lumps[chunk.lump].units
+        left = self._length[rows] - chunk.times * effect
+        if (left < self._least[rows]).any() or any(self.kept[g] < n * chunk.times for g, n in units.items()):
+            return False
+        self._length[rows] = left
+        for g, n in units.items():
+            self.kept[g] -= n * chunk.times
+        return True
 
 
 def _times(taken: Sequence[Chunk]) -> dict[int, int]:

@@ -27,7 +27,7 @@ class PruneConfig:
         mean: per channel on the scale of [0, 1], as in --mean 0.485 0.456 0.406; default: measured on the data
         std: likewise
         image_size: pixels a side, for image folders whose images differ in size
-        criterion: which channels go: l1, l2, mean_activation, nonzero or random
+        criterion: which channels go: l1, l2, mean_activation, nonzero, random or reconstruction
         scope: "global" compares channels over layers, "uniform" takes the same part of each
         schedule: one_shot, linear, cubic or exponential
         rounds: of pruning and training
@@ -35,7 +35,7 @@ class PruneConfig:
         lr: peak learning rate of retraining, falling to 0 in each round (a dense model is trained at 0.05)
         batch_size: images a step
         distill: part of the retraining loss that the dense model's outputs have, in [0, 1]; 0 learns from labels alone
-        recover: repair each pruned model without training (batch-norm statistics, on training images)
+        recover: repair each pruned model without training (layers refitted to the dense model's, on training images)
         max_drop: stop at the first round that loses more test accuracy than this fraction, and return the one before
         seed: of everything random
         device: auto, cpu, cuda, ...

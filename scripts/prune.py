@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.checkpoint import load_state_dict, read_state_dict
-from compress.criteria import needs_activations, resolve
+from compress.criteria import needs, resolve
 from compress.loop import RunResult
 from compress.report import RoundRecord
 from compress.rounds import RoundContext
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: PruneConfig) -> RunResult:
     """Prunes as ``config`` says, prints a table a round, and returns the result. Bad input is a ``ValueError``."""
-    on_activations = needs_activations(resolve(config.criterion))
+    wanted = needs(resolve(config.criterion))
+    on_activations = "activations" in wanted
     data = open_data(
         config.data,
         mean=config.mean,
@@ -47,7 +48,7 @@ def run(config: PruneConfig) -> RunResult:
     model, example = _model_and_example(config, data)
     folder, stop = Path(config.folder), None if config.max_drop is None else compress.StopRule(config.max_drop)
     options: dict[str, Any] = {"budget": config.budget, "criterion": config.criterion, "scope": config.scope}
-    if config.recover or on_activations:
+    if config.recover or wanted:
         # How often a channel is used must be asked on images that the model was not trained on.
         split = "validation" if on_activations else "train"
         batches = data.loader(split, shuffle=False, augment=False, limit=CALIBRATION_IMAGES, seed=config.seed)

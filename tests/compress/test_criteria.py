@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from compress import CRITERIA, Budget, PruneError, prune, trace
-from compress.criteria import needs_activations, resolve
+from compress.criteria import needs, resolve
 from compress.evidence import Evidence, collect_activations
 from tests.compress.helpers import image, lively
 
@@ -158,7 +158,7 @@ def test_a_criterion_that_needs_data_says_so() -> None:
     with pytest.raises(PruneError, match="declare `needs"):
         prune(Net(), BATCHES[0], budget=Budget(channels=0.5), criterion=by_activation)
     by_activation.needs = {"activations"}
-    assert needs_activations(by_activation)
+    assert needs(by_activation) == {"activations"}
     same = prune(Net(), BATCHES[0], budget=Budget(channels=0.5), criterion=by_activation, calibration=BATCHES)
     assert same.plan.groups
 
@@ -178,7 +178,7 @@ def test_targets_reach_a_criterion_through_its_loss() -> None:
 @pytest.mark.parametrize(
     ("criterion", "match"),
     [
-        ("l3", r"criterion 'l3' is unknown: choose one of l1, l2, mean_activation, nonzero, random"),
+        ("l3", r"criterion 'l3' is unknown: choose one of l1, l2, mean_activation, nonzero, random, reconstruction"),
         (lambda group, evidence: 1.0, r"scores of shape \(\) for group 'stem\.weight', which has 11 units"),
         (lambda group, evidence: np.ones((group.num_units, 2)), r"scores of shape \(11, 2\)"),
         (lambda group, evidence: np.full(group.num_units, np.nan), "not finite for group 'stem.weight'"),
