@@ -27,6 +27,7 @@ from compress.errors import (
 from compress.loop import StopRule, iterate
 from compress.plan import PlanGroup, PlanMember, PrunePlan
 from compress.pruning import PruneResult, prune
+from compress.removal import Removal
 from compress.surgery import apply, mask
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "PruneError",
     "PrunePlan",
     "PruneResult",
+    "Removal",
     "StopRule",
     "TraceError",
     "apply",

@@ -53,7 +53,10 @@ class _Walk:
         ref, steps = site.result, list[Op]()
         axis = 1 if site.is_convolution else len(ref.shape) - 1
         intercept = (site.bias, 1) if site.bias is not None and self._only_use(site.bias) else None
-        shifted = False  # from here on a shift of the site's outputs is no shift by the same number
+        # (the matrices of a batched product share what is added to them)
+        shifted = (
+            not site.is_convolution and site.groups > 1
+        )  # from here on a shift of the site's outputs is no shift by the same number
         while (op := self._next(ref)) is not None:
             name = base_name(op)
             others = [t for t in op.tensors if t.id != ref.id]

@@ -116,7 +116,12 @@ class Site:
 
     def _operand(self, tensor: Tensor) -> Tensor:
         for op in self.views:
-            found = op.func(tensor, *[op.arguments[a.name] for a in op.func._schema.arguments[1:]])
+            options = op.func._schema.arguments[1:]
+            found = op.func(
+                tensor,
+                *[op.arguments[a.name] for a in options if not a.kwarg_only],
+                **{a.name: op.arguments[a.name] for a in options if a.kwarg_only},
+            )
             tensor = found if isinstance(found, Tensor) else found[0]
         return tensor
 
@@ -236,7 +241,8 @@ def _views(ref: TensorRef, makers: dict[int, Op], names: dict[int, str]) -> list
     views: list[Op] = []
     while ref.id not in names and ref.id in makers:
         op = makers[ref.id]
-        if not op.func.is_view or len(op.tensors) != 1 or len(op.outputs) != 1:
+        copies = base_name(op) == "expand" and op.outputs[0].shape != op.tensors[0].shape
+        if not op.func.is_view or copies or len(op.tensors) != 1 or len(op.outputs) != 1:
             return []
         views.insert(0, op)
         ref = op.tensors[0]

@@ -27,7 +27,7 @@ class Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         index = self._index
         expected = self._names[index] if index < len(self._names) else None
-        if expected is not func:
+        if expected is None or expected is not func:
             raise CalibrationError(
                 f"calibration batch {self._batch} takes another path through the model than its trace (operator "
                 f"{func}): a model whose operators depend on the data can only be judged by its weights (l1, l2)"

@@ -33,17 +33,16 @@ def reconstruction(group: ChannelGroup, evidence: Evidence) -> Removal:
     """
     if evidence.grams is None:
         raise PruneError("this evidence holds no Gram matrices: declare `needs = {'grams'}` on the criterion")
-    found = {key: _readers(group, evidence, sums) for key, sums in evidence.grams.sums.items()}
-    readers = [reader for some in found.values() for reader in some]
-    tried = max(int(group.num_units // TRIED), 1)
-    if readers:
-        removal, matrices = eliminate(readers, group.num_units, tried)
+    places = [place for sums in evidence.grams.sums.values() for place in _places(group, evidence, sums)]
+    tried = max(group.num_units // TRIED, 1)
+    if places:
+        removal, matrices = eliminate([place.reader for place in places], group.num_units, tried)
     else:  # nothing that is linear reads it: it is judged by its weights, and by what the model does without it
         removal, matrices = by_score(group, evidence.weight_mean(group, 2)), []
     if evidence.trial is None:
         return removal
     plan = make_plan(evidence.graph, {group.index: removal.order[:tried]}, {})
-    with masked(evidence.model, plan), _refitted(evidence, readers, matrices):
+    with masked(evidence.model, plan), _refitted(evidence, places, matrices):
         error = evidence.trial.error(evidence.model)
     scale = error / removal.losses[tried] if removal.losses[tried] > 0 and np.isfinite(error) else 1.0
     return Removal(removal.order, removal.losses * scale)
@@ -66,8 +65,7 @@ class Reader:
     columns: Tensor
     weight: Tensor
     own: Tensor
-    source: GramSums
-    part: int
+    free: bool
 
 
 def eliminate(readers: Sequence[Reader], num_units: int, tried: int = 0) -> tuple[Removal, list[Tensor]]:
@@ -97,7 +95,7 @@ class _State:
     def __init__(self, reader: Reader) -> None:
         level = RIDGE * reader.gram.diagonal()[:-1].mean().clamp(min=torch.finfo(torch.float64).tiny)
         damping = torch.full((len(reader.gram),), float(level), dtype=torch.float64)
-        damping[-1] = 0 if reader.source.landing.intercept is not None else float(reader.gram[-1, -1]) * 1e12
+        damping[-1] = 0 if reader.free else float(reader.gram[-1, -1]) * 1e12
         self._inverse = torch.linalg.inv(reader.gram + torch.diag(damping))
         self._root = reader.weight.sqrt()[:, None]
         self._reader = reader
@@ -119,17 +117,28 @@ class _State:
         self._inverse -= side @ step
         self._matrix[self._reader.own[unit]] = 0
         self._matrix[:, columns] = 0
+        self._inverse[:, columns] = 0
+        self._inverse[columns] = 0
 
     def refitted(self) -> Tensor:
         return self._matrix.clone()
 
 
-def _readers(group: ChannelGroup, evidence: Evidence, sums: GramSums) -> list[Reader]:
+@dataclass(frozen=True)
+class _Place:
+    """Where a reader is: a group of a site."""
+
+    reader: Reader
+    sums: GramSums
+    part: int
+
+
+def _places(group: ChannelGroup, evidence: Evidence, sums: GramSums) -> list[_Place]:
     graph, site = evidence.graph, sums.site
     groups, units = graph.units(site.columns(graph.labels))
     made, makers = graph.units(site.results(graph.labels))
     matrix = site.matrix(evidence.tensor(site.parameter)).double().cpu()
-    readers = []
+    places = []
     for part in range(site.groups):
         mine = np.flatnonzero(groups[part] == group.index)
         if not len(mine):
@@ -140,36 +149,34 @@ def _readers(group: ChannelGroup, evidence: Evidence, sums: GramSums) -> list[Re
         columns = mine[np.argsort(units[part][mine], kind="stable")].reshape(group.num_units, -1)
         own = (made[part] == group.index) & (makers[part] == np.arange(group.num_units)[:, None])
         constant = matrix.new_zeros(site.num_outputs, 1)
-        readers.append(
-            Reader(
-                gram=sums.mean[part],
-                matrix=torch.cat([matrix[part], constant], dim=1),
-                columns=torch.from_numpy(columns),
-                weight=sums.output_share[part],
-                own=torch.from_numpy(own),
-                source=sums,
-                part=part,
-            )
+        reader = Reader(
+            gram=sums.mean[part],
+            matrix=torch.cat([matrix[part], constant], dim=1),
+            columns=torch.from_numpy(columns),
+            weight=sums.output_share[part],
+            own=torch.from_numpy(own),
+            free=sums.landing.intercept is not None,
         )
-    return readers
+        places.append(_Place(reader, sums, part))
+    return places
 
 
 @contextmanager
-def _refitted(evidence: Evidence, readers: Sequence[Reader], matrices: Sequence[Tensor]) -> Iterator[None]:
+def _refitted(evidence: Evidence, places: Sequence[_Place], matrices: Sequence[Tensor]) -> Iterator[None]:
     """The model with refitted readers, for the time of the block."""
     undo: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        for reader, fitted in zip(readers, matrices, strict=True):
-            site, intercept = reader.source.site, reader.source.landing.intercept
+        for place, fitted in zip(places, matrices, strict=True):
+            site, intercept = place.sums.site, place.sums.landing.intercept
             weight = evidence.tensor(site.parameter)
             undo.append((weight, weight.clone()))
             whole = site.matrix(weight).clone()
-            whole[reader.part] = fitted[:, :-1].to(whole)
+            whole[place.part] = fitted[:, :-1].to(whole)
             site.write(weight, whole)
             if intercept is not None:
                 shift = evidence.tensor(intercept[0])
                 undo.append((shift, shift.clone()))
-                outputs = slice(reader.part * site.num_outputs, (reader.part + 1) * site.num_outputs)
+                outputs = slice(place.part * site.num_outputs, (place.part + 1) * site.num_outputs)
                 shift.view(-1)[outputs].add_(fitted[:, -1].to(shift), alpha=intercept[1])
     try:
         yield
