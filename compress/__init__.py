@@ -27,6 +27,7 @@ from compress.errors import (
 from compress.loop import StopRule, iterate
 from compress.plan import PlanGroup, PlanMember, PrunePlan
 from compress.pruning import PruneResult, prune
+from compress.removal import Removal
 from compress.sensitivity import SensitivityPoint, sensitivity
 from compress.surgery import apply, mask
 
@@ -49,6 +50,7 @@ __all__ = [
     "PruneError",
     "PrunePlan",
     "PruneResult",
+    "Removal",
     "SensitivityPoint",
     "StopRule",
     "TraceError",

@@ -155,10 +155,15 @@ class ChannelGraph:
         count = np.bincount(position, weights=counts[inside], minlength=group.num_units)
         return np.divide(total, count, out=np.full(group.num_units, np.nan), where=count > 0)
 
-    def elements_of(self, labels: Array) -> dict[int, int]:
-        """How many elements of an axis belong to each group; the others stay."""
+    def units(self, labels: Array) -> tuple[Array, Array]:
+        """The group of each label (-1: never removed), and the unit of that group that it belongs to."""
         component = self._solution.component[labels]
         group = np.where(labels == FIXED, -1, self._solution.group[component])
+        return group, self._solution.position[component]
+
+    def elements_of(self, labels: Array) -> dict[int, int]:
+        """How many elements of an axis belong to each group; the others stay."""
+        group, _ = self.units(labels)
         found, counts = np.unique(group[group >= 0], return_counts=True)
         return dict(zip(found.tolist(), counts.tolist(), strict=True))
 

@@ -16,12 +16,14 @@ from compress.calibration import Calibration, batches
 from compress.channels import ChannelGraph, ChannelGroup, Member
 from compress.errors import CalibrationError, PruneError
 from compress.gradients import FirstOrder
+from compress.gram import Grams
 from compress.labels import FIXED, Array, Labels, Read
 from compress.recorder import Trace
 from compress.rules import propagate
 from compress.sandbox import untouched, visible_operators
 from compress.sums import channel_sums
 from compress.trace import ExampleInputs, as_arguments, describe, record
+from compress.trial import Trial
 
 Values = npt.NDArray[np.float64]
 
@@ -51,15 +53,20 @@ class Evidence:
     loss: Callable[..., Any] | None = None
     seed: int = 0
     gradients: FirstOrder | None = None
+    grams: Grams | None = None
+    trial: Trial | None = None
     _tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def members(self, group: ChannelGroup) -> Iterator[tuple[Member, Tensor]]:
-        """The members of ``group`` with their tensors."""
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer of the model."""
         if not self._tensors:
             self._tensors.update(self.model.named_parameters(remove_duplicate=False))
             self._tensors.update(self.model.named_buffers(remove_duplicate=False))
-        for member in group.members:
-            yield member, self._tensors[member.parameter].detach()
+        return self._tensors[name].detach()
+
+    def members(self, group: ChannelGroup) -> Iterator[tuple[Member, Tensor]]:
+        """The members of ``group`` with their tensors."""
+        return ((member, self.tensor(member.parameter)) for member in group.members)
 
     def weight_mean(self, group: ChannelGroup, power: int) -> Values:
         """Mean of ``|w| ** power`` over the weights that make each channel, shape (units,).

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from compress.channels import ChannelGraph, ChannelGroup, FrozenAxis
 from compress.cost import CostModel, macs_of
 from compress.counts import Lump
+from compress.labels import Array
 from compress.select import Selection, smallest
 
 PLACE = re.compile(r"(\w+\.\w+\.\w+) in \S+?(?=[:,]? |$)")  # operators name their module: "aten.add.Tensor in layer1.0"
@@ -164,12 +165,13 @@ def _smallest(graph: ChannelGraph, macs: int) -> float:
         return 1.0
     price = CostModel(graph, "macs", macs)
 
-    def remaining(units: Mapping[int, int]) -> float:
-        kept = graph.sizes.copy()
-        kept[list(units)] -= list(units.values())
+    def remaining(kept: Array) -> float:
         return price(kept) / max(macs, 1)
 
     def cost(selection: Selection) -> float:
-        return remaining({group: len(units) for group, units in selection.units.items()})
+        kept = graph.sizes.copy()
+        for group, units in selection.units.items():
+            kept[group] -= len(units)
+        return remaining(kept)
 
-    return smallest(graph, [1 - remaining(lump.units) for lump in graph.lumps], cost)
+    return smallest(graph, remaining, cost)

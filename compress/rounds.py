@@ -40,7 +40,7 @@ class PruneOptions(TypedDict, total=False):
     scope: str
     calibration: Iterable[Any] | None
     loss: Callable[..., torch.Tensor] | None
-    recover: bool
+    recover: bool | Sequence[str]
     exact_only: bool
     protect: Sequence[str]
     round_to: int | str

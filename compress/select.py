@@ -6,18 +6,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import isotonic_regression
 
-from compress.channels import ChannelGraph, ChannelGroup
+from compress.channels import ChannelGraph
 from compress.errors import BudgetError, PruneError
 from compress.labels import Array
+from compress.removal import Removal, by_score
 
-Scores = Sequence[npt.NDArray[np.float64]]
+Price = Callable[[Array], float]
 
 FLOOR = 0.1  # no axis falls below this part of its length: PruningBench's "10 % group-wise protection"
 LOWER_FLOORS = (0.05, 0.02, 0.0)  # for a budget that cannot be reached above it
 SCOPES = ("global", "uniform")
 MAX_SKIPS = 11  # large steps that may be left out to come closer to the budget
 CLOSE_ENOUGH = 0.001  # of the budget
+REPRICE = 0.02  # of the dense cost: when so much is gone, what each lump saves is worked out anew
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,13 @@ class Selection:
 class SelectOptions:
     """``scope``: "global" spends the budget where it costs least importance, "uniform" takes the same part of every
     group. ``round_to``: widths become multiples of it, or of what ``multiples`` has for their lump. ``min_channels``:
-    no axis gets shorter. ``exact_steps``: the cost is exact, so that the last step may be chosen by it."""
+    no axis gets shorter. ``stepwise``: the price falls in steps (seconds do), so that what a lump saves is the mean
+    over half of what is left of it."""
 
     scope: str = "global"
     round_to: int = 1
     min_channels: int = 1
-    exact_steps: bool = True
+    stepwise: bool = False
     multiples: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,8 +83,8 @@ class SelectOptions:
 
 def select(
     graph: ChannelGraph,
-    scores: Scores,
-    savings: Sequence[float],
+    removals: Sequence[Removal],
+    price: Price,
     cost: Callable[[Selection], float],
     target: float,
     options: SelectOptions,
@@ -90,16 +94,16 @@ def select(
     No axis falls below :data:`FLOOR` of its length, unless the target cannot be reached otherwise.
 
     Args:
-        scores: importance of the units of each group, shape (units,), higher is kept.
-        savings: what removing each lump once from the dense model saves, in any unit.
+        removals: of each group.
+        price: what a model costs of which so many units of each group are kept, as a fraction of the dense one.
         cost: the exact cost of a selection, as a fraction of the dense model's; falls as more is removed.
         target: fraction in (0, 1].
 
     Raises:
         BudgetError: the target is below what ``min_channels`` allows; says the smallest that can be reached.
     """
-    order = [np.argsort(values, kind="stable") for values in scores]
-    every = _ordered_chunks(graph, scores, order, savings, options)
+    order = [removal.order for removal in removals]
+    every = _in_order(graph, removals, price, options)
     for floor in (FLOOR, *LOWER_FLOORS):
         chunks = _feasible(graph, every, options, floor)
 
@@ -120,8 +124,6 @@ def select(
         )
     number = _shortest(chunks, 0, lambda taken: cost(after(taken)) <= target)
     best = after(chunks[:number])
-    if not options.exact_steps:
-        return best
     highest, fixed = cost(best), chunks[:0]
     for _ in range(MAX_SKIPS):
         if target - highest <= CLOSE_ENOUGH * target:
@@ -147,51 +149,76 @@ def _shortest(chunks: Chunks, least: int, holds: Callable[[Chunks], bool]) -> in
     return high
 
 
-def smallest(graph: ChannelGraph, savings: Sequence[float], cost: Callable[[Selection], float]) -> float:
+def smallest(graph: ChannelGraph, price: Price, cost: Callable[[Selection], float]) -> float:
     """The lowest cost that the floors allow when units of a group are worth the same; arguments as for `select`."""
-    scores = [np.ones(int(size)) for size in graph.sizes]
-    order = [np.arange(int(size), dtype=np.int64) for size in graph.sizes]
+    removals = [by_score(group, np.ones(group.num_units)) for group in graph.groups]
     options = SelectOptions()
-    chunks = _feasible(graph, _ordered_chunks(graph, scores, order, savings, options), options, FLOOR)
-    return cost(_selection(graph, order, chunks.per_lump()))
+    chunks = _feasible(graph, _in_order(graph, removals, price, options), options, FLOOR)
+    return cost(_selection(graph, [removal.order for removal in removals], chunks.per_lump()))
 
 
-def _ordered_chunks(
-    graph: ChannelGraph, scores: Scores, order: Sequence[Array], savings: Sequence[float], options: SelectOptions
-) -> Chunks:
-    losses = [_losses(g, values[ranks]) for g, values, ranks in zip(graph.groups, scores, order, strict=True)]
-    keys: list[npt.NDArray[np.float64]] = []
-    every: list[Chunks] = []
-    for index, lump in enumerate(graph.lumps):
-        available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
-        points = _widths(graph, index, available, options.multiples.get(index, options.round_to))
-        times = np.diff(points)
-        if options.scope == "uniform":
-            keys.append(points[1:] / available)
-        elif savings[index] > 0:
-            lost = sum(np.diff(losses[g][points * n]) for g, n in lump.units.items())
-            keys.append(lost / (times * savings[index]))
-        else:  # a head that runs in training only saves nothing: last
-            keys.append(np.full(len(times), np.inf))
-        every.append(Chunks(np.full(len(times), index), times))
-    chunks = Chunks(np.concatenate([c.lump for c in every]), np.concatenate([c.times for c in every]))
-    # within a lump keys rise, as units are sorted; a stable sort keeps equal ones in order
-    return chunks[np.argsort(np.concatenate(keys), kind="stable")]
+def _in_order(graph: ChannelGraph, removals: Sequence[Removal], price: Price, options: SelectOptions) -> Chunks:
+    """All chunks; the next is always the one that loses least for what it saves by then.
 
-
-def _losses(group: ChannelGroup, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """What is lost when the first k of the sorted ``values`` go, shape (units + 1,): ``-log`` of the part that stays.
-
-    The logarithm makes each further channel of a layer dearer, so that no layer empties while another is untouched.
-    It counts once for each layer that writes the channel: one of a residual stream takes its part from every block.
+    What each lump saves is worked out anew whenever a part of the cost is gone, as its neighbours have shrunk.
     """
-    shifted = values - min(float(values.min()), 0.0)
-    total = float(shifted.sum())
-    num_layers = sum(member.role == "producer" for member in group.members)
-    if total <= 0:  # all alike
-        shifted, total = np.ones_like(shifted), float(len(shifted))
-    stays = 1.0 - np.concatenate([[0.0], np.cumsum(shifted)]) / total
-    return -np.log(np.maximum(stays, np.finfo(float).tiny)) * max(num_layers, 1)
+    found = [_chunks(graph, index, removals, options) for index in range(len(graph.lumps))]
+    left = Chunks(*(np.concatenate([getattr(c, name) for c, _ in found]) for name in ("lump", "times")))
+    losses = np.concatenate([slopes for _, slopes in found])
+    if options.scope == "uniform":
+        return left[np.argsort(losses, kind="stable")]
+    kept, ordered = graph.sizes.copy(), left[:0]
+    while len(left):
+        savings = _savings(graph, price, kept, options)[left.lump]
+        # what saves nothing (a head that runs in training only) goes last
+        keys = np.divide(losses, savings, out=np.full(len(left), np.inf), where=savings > 0)
+        order = np.lexsort((losses, keys))  # neither falls within a lump, and equal ones stay in order
+        number = int(np.searchsorted(np.cumsum((savings * left.times)[order]), REPRICE)) + 1
+        next_ones = left[order[:number]]
+        for index, times in next_ones.per_lump().items():
+            for g, n in graph.lumps[index].units.items():
+                kept[g] = max(0, kept[g] - n * times)
+        rest = np.sort(order[number:])
+        ordered, left, losses = ordered + next_ones, left[rest], losses[rest]
+    return ordered
+
+
+def _savings(graph: ChannelGraph, price: Price, kept: Array, options: SelectOptions) -> npt.NDArray[np.float64]:
+    """What each lump saves when it is the next to go."""
+    now, saved = price(kept), []
+    for lump in graph.lumps:
+        groups, units = list(lump.units), np.array(list(lump.units.values()))
+        times = max(1, int((kept[groups] // units).min() + 1) // 2) if options.stepwise else 1
+        less = kept.copy()
+        less[groups] = np.maximum(less[groups] - times * units, 0)
+        saved.append((now - price(less)) / times)
+    return np.array(saved)
+
+
+def _chunks(
+    graph: ChannelGraph, index: int, removals: Sequence[Removal], options: SelectOptions
+) -> tuple[Chunks, npt.NDArray[np.float64]]:
+    """The chunks of one lump in order, each with its loss for every time that the lump goes; those never fall.
+
+    Where they would, the chunks up to there are worth more together than the first of them alone: they share one loss.
+    """
+    lump = graph.lumps[index]
+    available = min(int(graph.sizes[g]) // n for g, n in lump.units.items())
+    points = _widths(graph, index, available, options.multiples.get(index, options.round_to))
+    times = np.diff(points)
+    if options.scope == "uniform":
+        slopes = points[1:] / max(available, 1)
+    else:
+        lost = sum((np.diff(removals[g].losses[points * n]) for g, n in lump.units.items()), np.zeros(len(times)))
+        slopes = _never_falling(lost / times, times)
+    return Chunks(np.full(len(times), index), times), slopes
+
+
+def _never_falling(slopes: npt.NDArray[np.float64], weights: Array) -> npt.NDArray[np.float64]:
+    """The weighted isotonic regression of ``slopes``: neighbours that fall share their mean."""
+    if (np.diff(slopes) >= 0).all():
+        return slopes
+    return np.asarray(isotonic_regression(slopes, weights=weights).x)
 
 
 def _widths(graph: ChannelGraph, lump: int, available: int, round_to: int) -> Array:

@@ -23,8 +23,8 @@ from compress.errors import PruneError
 from compress.folder import claim, write_file
 from compress.loop import digests
 from compress.plan import make_plan
-from compress.pruning import collect_evidence, scores_of
 from compress.sandbox import untouched, unwrapped
+from compress.score import collect_evidence, removals_of
 from compress.surgery import masked
 from compress.trace import ExampleInputs
 
@@ -94,7 +94,7 @@ def sensitivity(
     if len(named) != len(criteria) or not named:
         raise PruneError(f"criteria are {', '.join(map(_name, criteria)) or 'none'}; give each once, and at least one")
     evidence = collect_evidence(model, graph, list(named.values()), calibration, loss, seed)
-    scores = {name: scores_of(criterion, evidence) for name, criterion in named.items()}
+    scores = {name: removals_of(criterion, evidence)[1] for name, criterion in named.items()}
     description = {**digests(model), "criteria": list(named), "ratios": list(ratios), "seed": seed}
     claim(folder / RUN, description, (POINTS, TABLE, CURVE))
     known = _read(folder / POINTS)

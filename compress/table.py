@@ -16,6 +16,7 @@ from compress.select import FLOOR
 
 if TYPE_CHECKING:
     from compress.pruning import PruneResult
+    from compress.recover import Recovery
 
 MODEL = "(model)"  # for the path of the model itself, which is empty
 
@@ -125,5 +126,15 @@ def result_table(result: PruneResult) -> str:
     layers.add_column("of", justify="right")
     for name, (kept, total) in result.kept.items():
         layers.add_row(name, str(kept), str(total))
+    tables = [costs, layers, *([_recovery_table(result.recovery)] if result.recovery else [])]
     notes = "".join(f"\nnote: {note}" for note in result.notes)
-    return render(costs, layers) + notes
+    return render(*tables) + notes
+
+
+def _recovery_table(recovery: Recovery) -> Table:
+    """Errors as parts of the variance of what the dense model gives, on held-out data."""
+    table = _table("recovered without training", "layer", ">error before", ">after", "kept")
+    for layer in recovery.layers:
+        table.add_row(layer.name, f"{layer.before:.3g}", f"{layer.after:.3g}", layer.method or "as it was")
+    table.add_row("(outputs)", f"{recovery.before:.3g}", f"{recovery.after:.3g}", "")
+    return table

@@ -42,8 +42,8 @@ class PruneConfig:
         mean: per channel on the scale of [0, 1], as in --mean 0.485 0.456 0.406; default: measured on the data
         std: likewise
         image_size: pixels a side, for image folders whose images differ in size
-        criterion: which channels go: l1, l2, mean_activation, nonzero, random, taylor, bn_scale, fpgm, lamp, or
-            FILE.py:FUNCTION for one of your own
+        criterion: which channels go: l1, l2, mean_activation, nonzero, random, taylor, bn_scale, fpgm, lamp,
+            reconstruction, or FILE.py:FUNCTION for one of your own
         calibration: images that data-driven criteria and --recover look at: validation (kept apart from training) or
             train; default: validation for a criterion, train where only --recover needs them
         calibration_batches: how many batches of them, of at most 128 images (of 32 for gradients)
@@ -55,7 +55,7 @@ class PruneConfig:
         lr: peak learning rate of retraining, falling to 0 in each round (a dense model is trained at 0.05)
         batch_size: images a step
         distill: part of the retraining loss that the dense model's outputs have, in [0, 1]; 0 learns from labels alone
-        recover: repair each pruned model without training (batch-norm statistics, on training images)
+        recover: repair each pruned model without training (layers refitted to the dense model's, on training images)
         max_drop: stop at the first round that loses more test accuracy than this fraction, and return the one before
         seed: of everything random
         device: auto, cpu, cuda, ...

@@ -237,7 +237,7 @@ def test_targets_reach_a_criterion_through_its_loss() -> None:
 @pytest.mark.parametrize(
     ("criterion", "match"),
     [
-        ("l3", r"criterion 'l3' is unknown: choose one of l1, l2, mean_activation, nonzero, random"),
+        ("l3", r"criterion 'l3' is unknown: choose one of l1, l2, mean_activation, nonzero, random, taylor"),
         (lambda group, evidence: 1.0, r"scores of shape \(\) for group 'stem\.weight', which has 11 units"),
         (lambda group, evidence: np.ones((group.num_units, 2)), r"scores of shape \(11, 2\)"),
         (lambda group, evidence: np.full(group.num_units, np.nan), "not finite for group 'stem.weight'"),

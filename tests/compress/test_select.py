@@ -4,6 +4,7 @@ from torch import nn
 
 import compress
 from compress.errors import BudgetError, PruneError
+from compress.removal import by_score
 from compress.select import FLOOR, SelectOptions, select
 from tests.compress.helpers import Apply, image
 
@@ -20,7 +21,8 @@ def _select(scores, target: float, **options):
     def cost(selection) -> float:
         return 1 - sum(len(units) for units in selection.units.values()) / total
 
-    return select(graph, scores, [1 / total] * len(graph.lumps), cost, target, SelectOptions(**options))
+    removals = [by_score(group, values) for group, values in zip(graph.groups, scores, strict=True)]
+    return select(graph, removals, lambda kept: kept.sum() / total, cost, target, SelectOptions(**options))
 
 
 def _draw(seed: int) -> list[np.ndarray]:
@@ -166,17 +168,3 @@ def test_what_saves_nothing_goes_last() -> None:
 def test_a_width_that_is_no_number_is_refused() -> None:
     with pytest.raises(compress.PruneError, match=r"round_to='eight' is no width: give a whole number, such as 8"):
         compress.prune(_model(), image(), budget=compress.Budget(macs=0.5), round_to="eight")
-
-
-def test_a_measured_cost_that_says_more_the_second_time_still_gives_a_selection() -> None:
-    graph = compress.trace(_model(), image())
-    answers = {}
-
-    def noisy(selection) -> float:
-        removed = sum(len(units) for units in selection.units.values())
-        answers[removed] = answers.get(removed, 0) + 1
-        return 1 - removed / 60 + (answers[removed] - 1)  # as a busy machine would: true first, far too slow after
-
-    scores = [np.linspace(0, 1, int(size)) for size in graph.sizes]
-    selection = select(graph, scores, [1.0] * len(graph.lumps), noisy, 0.7, SelectOptions(exact_steps=False))
-    assert sum(len(units) for units in selection.units.values()) == 18

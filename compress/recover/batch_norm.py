@@ -1,4 +1,7 @@
-"""Recovery without training: what a pruned model can win back from unlabelled data alone."""
+"""Statistics of batch norms, taken anew on the calibration data."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -34,3 +37,16 @@ def reestimate_batch_norm(model: nn.Module, calibration: Calibration) -> None:
     for norm, statistics in zip(norms, found, strict=True):
         for name, value in statistics.items():
             getattr(norm, name).copy_(value)
+
+
+@contextmanager
+def statistics(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Gives a function that brings the present statistics of all batch norms back."""
+    norms = [module for module in model.modules() if isinstance(module, _NORM)]
+    before = [[(buffer, buffer.clone()) for buffer in norm.buffers(recurse=False)] for norm in norms]
+
+    def restore() -> None:
+        for buffer, value in (pair for pairs in before for pair in pairs):
+            buffer.copy_(value)
+
+    yield restore

@@ -1,0 +1,54 @@
+"""How far a model that was changed is from the dense one, on the outputs for some calibration samples. No labels."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from compress.gram import num_samples_of
+from compress.sandbox import untouched
+from compress.trace import ExampleInputs, as_arguments
+
+
+class Trial:
+    """Remembers what ``model`` computes for ``inputs``, and compares other outputs with it."""
+
+    def __init__(self, model: nn.Module, inputs: Iterable[ExampleInputs]) -> None:
+        self._inputs = list(inputs)
+        self._outputs = [_outputs(model, inputs) for inputs in self._inputs]
+        together = [torch.cat([o.reshape(-1, *o.shape[1:]) for o in column]) for column in self._columns()]
+        self._spread = sum(float((t - t.mean(0)).square().sum()) for t in together)
+
+    def _columns(self) -> list[list[Tensor]]:
+        columns = [list(column) for column in zip(*self._outputs, strict=True)]
+        same = [len({o.shape[1:] for o in column}) == 1 and column[0].dim() > 0 for column in columns]
+        return [column for column, fits in zip(columns, same, strict=True) if fits]
+
+    def error(self, model: nn.Module) -> float:
+        """Squared difference over all floating-point outputs, as a part of their variance; infinite if not a number."""
+        difference = 0.0
+        for inputs, outputs in zip(self._inputs, self._outputs, strict=True):
+            for found, expected in zip(_outputs(model, inputs), outputs, strict=True):
+                difference += float((found - expected).square().sum())
+        return difference / max(self._spread, 1e-30) if difference == difference else float("inf")
+
+
+def first_samples(batches: Iterable[ExampleInputs], number: int) -> Iterable[ExampleInputs]:
+    """The first ``number`` samples, batch by batch."""
+    for inputs in batches:
+        size = num_samples_of(inputs)
+        if size > number:
+            inputs = tree_map_only(Tensor, lambda t: t[:number] if t.dim() and len(t) == size else t, inputs)  # noqa: B023
+        yield inputs
+        number -= size
+        if number <= 0:
+            return
+
+
+def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+    args, kwargs = as_arguments(inputs)
+    with torch.no_grad(), untouched(model):
+        found = model.eval()(*args, **kwargs)
+    leaves = tree_leaves(dict(found) if isinstance(found, dict) else found)
+    return [leaf.double().cpu() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
