@@ -18,13 +18,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import compress
-import compress.pruning
-from benchmarks.common import Stages, Timing, interleaved, parser, skipped, stopwatch, wide_console, write_results
+from benchmarks.common import (
+    PRUNE_STAGES,
+    Stages,
+    Timing,
+    interleaved,
+    parser,
+    skipped,
+    stopwatch,
+    wide_console,
+    write_results,
+)
 from scripts.sources import build_model
 
 MODELS = ("torchvision:resnet50", "torchvision:mobilenet_v2", "torchvision:densenet121")
 # stage -> function that compress.prune calls for it; the rest of its time is scoring and selecting: the plan
-STAGES = {"trace": "trace", "apply": "apply", "verify": "agrees", "count": "record"}
 COLUMNS = ("trace", "plan", "apply", "verify", "count", "total")
 
 
@@ -68,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prunus(model: nn.Module, example: Tensor, fraction: float, kept: dict[str, float]) -> Callable[[], Stages]:
     def run() -> Stages:
-        with stopwatch(compress.pruning, STAGES) as seconds:
+        with stopwatch(PRUNE_STAGES) as seconds:
             result = compress.prune(model, example, budget=compress.Budget(macs=fraction))
-        plan = seconds["total"] - sum(seconds[stage] for stage in STAGES)
+        plan = seconds["total"] - sum(seconds[stage] for stage in PRUNE_STAGES)
         kept["prunus"] = result.after.macs / result.before.macs
         return {**seconds, "plan": plan}
 
@@ -84,7 +92,7 @@ def _torch_pruning(model: nn.Module, example: Tensor, fraction: float, kept: dic
 
     def run() -> Stages:
         victim = copy.deepcopy(model)  # it prunes in place; the copy is not part of its time
-        with stopwatch(torch_pruning.DependencyGraph, {"trace": "build_dependency"}) as seconds:
+        with stopwatch({"trace": (torch_pruning.DependencyGraph, "build_dependency")}) as seconds:
             pruner = torch_pruning.pruner.BasePruner(
                 victim,
                 example,

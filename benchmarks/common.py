@@ -21,6 +21,8 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 
+import compress.attempt
+import compress.pruning
 from compress.folder import write_file
 
 ROOT = Path(__file__).parent.parent
@@ -60,14 +62,24 @@ def interleaved(contestants: Mapping[str, Callable[[], Stages]], repeats: int) -
     }
 
 
+# the parts of compress.prune that are timed, where it calls them from
+PRUNE_STAGES = {
+    "trace": (compress.pruning, "trace"),
+    "apply": (compress.attempt, "apply"),
+    "verify": (compress.attempt, "agrees"),
+    "count": (compress.pruning, "record"),
+}
+
+
 @contextmanager
-def stopwatch(owner: Any, stages: Mapping[str, str]) -> Iterator[dict[str, float]]:
-    """CPU seconds spent in functions of ``owner`` (a module or class) inside the block, and in ``total``.
+def stopwatch(stages: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, float]]:
+    """CPU seconds spent in some functions inside the block, and in ``total``.
 
     CPU time of the process, not time on the wall: on one thread the two agree on an idle machine, and only the former
     means anything on a busy one.
 
-    ``stages`` maps the name of a stage to that of a function; what is in none of them is up to the caller to name.
+    ``stages`` maps the name of a stage to a function: the module or class that it is called from, and its name there.
+    What is in none of them is up to the caller to name.
     """
     seconds = dict.fromkeys(stages, 0.0)
 
@@ -82,7 +94,7 @@ def stopwatch(owner: Any, stages: Mapping[str, str]) -> Iterator[dict[str, float
         return wrapper
 
     with ExitStack() as stack:
-        for stage, name in stages.items():
+        for stage, (owner, name) in stages.items():
             stack.enter_context(patch.object(owner, name, timed(stage, getattr(owner, name))))
         start = time.process_time()
         yield seconds

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import compress
-import compress.pruning
-from benchmarks.common import stopwatch
+from benchmarks.common import PRUNE_STAGES, stopwatch
 from benchmarks.zoo_models import Entry, Inputs
 
 TOLERANCE = 1e-5  # of the largest value of each output, in float64
 SINGLE_TOLERANCE = 1e-3  # in float32: rounding adds up over the layers of a large model
 LARGEST_DOUBLE = 300e6  # parameters: above that, two models in float64 would not fit beside each other
 LOWEST_KEPT, FRACTION = 0.40, 0.50  # of the MACs
-STAGES = {"trace": "trace", "apply": "apply", "verify": "agrees", "count": "record"}  # functions of compress.pruning
 ENDS = ("input of the model", "output of the model")  # what cannot shrink in any pruner
 PLACE = re.compile(r"(\w+\.\w[\w.]*) in [\w.]+")  # an operator in a module: each would be a reason of its own
 REAL = "traced with a real forward pass"  # begins the note on a model whose control flow depends on data
@@ -102,7 +100,7 @@ def describe(error: BaseException) -> str:
 def _examine(entry: Entry, model: nn.Module, inputs: Inputs, *, exact_only: bool) -> Result:
     before = _reset_peak()
     try:
-        with stopwatch(compress.pruning, STAGES) as seconds:
+        with stopwatch(PRUNE_STAGES) as seconds:
             pruned = compress.prune(model, inputs, budget=compress.Budget(macs=FRACTION), exact_only=exact_only)
     except Exception as error:  # noqa: BLE001  whatever goes wrong is the finding
         return {"failure": f"prune: {describe(error)}", **_frozen(model, inputs)}
@@ -123,7 +121,7 @@ def _examine(entry: Entry, model: nn.Module, inputs: Inputs, *, exact_only: bool
         **checked,
         "macs_kept": kept,
         "params_kept": params,
-        "seconds": {**seconds, "plan": seconds["total"] - sum(seconds[stage] for stage in STAGES)},
+        "seconds": {**seconds, "plan": seconds["total"] - sum(seconds[stage] for stage in PRUNE_STAGES)},
         "model_mb": _size_mb(model),
         "peak_mb": None if peak is None or before is None else peak - before,
         "notes": notes,

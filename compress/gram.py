@@ -190,7 +190,7 @@ def _add_share_looks(looks: _Looks, site: Site, landing: Landing, known: GramSum
     def at_site(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         variance["output"] = _variance(site, result)
         if not landing.adds:
-            known.output_share += 1 / variance["output"].sum().clamp(min=_TINY)
+            known.output_share += _part(torch.ones(()), variance["output"].sum())
             known.num_batches += 1
 
     def at_end(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -198,7 +198,7 @@ def _add_share_looks(looks: _Looks, site: Site, landing: Landing, known: GramSum
         dims = [d for d in range(result.dim()) if d != landing.axis]
         total = result.double().var(dims, correction=0).sum().cpu()
         landed = mine.double().var(dims, correction=0).reshape(known.output_share.shape).cpu()
-        known.output_share += landed / variance["output"].clamp(min=_TINY) / total.clamp(min=_TINY)
+        known.output_share += _part(_part(landed, variance["output"]), total)
         known.num_batches += 1
 
     looks.add(site.op, at_site)
@@ -207,7 +207,9 @@ def _add_share_looks(looks: _Looks, site: Site, landing: Landing, known: GramSum
         looks.add(landing.end, at_end)
 
 
-_TINY = 1e-30
+def _part(value: Tensor, whole: Tensor) -> Tensor:
+    """The quotient; zero of nothing."""
+    return torch.where(whole > 0, value.double() / whole, 0.0)
 
 
 def _variance(site: Site, result: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress.gram import MAX_INPUTS, traced
 from compress.labels import Array
 from compress.plan import PrunePlan
-from compress.recover.pair import Pair, Side
+from compress.recover.pair import Pair
 from compress.recover.regression import CAUTIOUS, RIDGES, Method, Regression, Rows
 from compress.sandbox import untouched, visible_operators
 from compress.sites import Key, Site
@@ -176,6 +176,3 @@ def _rows(
         own = constant.detach().reshape(here.groups, 1, -1)
         targets, zero = targets - own, None if zero is None else zero - own
     return Rows(here.rows(source, positions), targets, zero, sign)
-
-
-__all__ = ["LayerError", "Side", "refit"]

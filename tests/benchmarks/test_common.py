@@ -25,14 +25,14 @@ def test_stopwatch_counts_calls_and_puts_the_functions_back() -> None:
         return 2 * x
 
     module = types.SimpleNamespace(double=double)
-    with stopwatch(module, {"doubling": "double"}) as seconds:
+    with stopwatch({"doubling": (module, "double")}) as seconds:
         assert module.double(3) == 6
     assert module.double is double
     assert 0 < seconds["doubling"] <= seconds["total"]
 
 
 def test_stopwatch_refuses_a_function_that_is_not_there() -> None:
-    with pytest.raises(AttributeError, match="gone"), stopwatch(types.SimpleNamespace(), {"stage": "gone"}):
+    with pytest.raises(AttributeError, match="gone"), stopwatch({"stage": (types.SimpleNamespace(), "gone")}):
         pass
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import compress
-import compress.pruning
+import compress.attempt
 import compress.timing
 from compress import Budget, BudgetError, prune
 from compress.cost import macs_of
@@ -47,7 +47,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch, vector: int, power: float = 1.0, f
         return fixed + (1 - fixed) * (seconds(model, inputs) / seconds(reference, inputs)) ** power
 
     monkeypatch.setattr(compress.timing, "seconds_of", seconds_of)
-    monkeypatch.setattr(compress.pruning, "relative_latency", relative_latency)
+    monkeypatch.setattr(compress.attempt, "relative_latency", relative_latency)
     return relative_latency
 
 
@@ -87,7 +87,7 @@ def test_seconds_are_spent_where_they_are_saved(monkeypatch: pytest.MonkeyPatch)
         return 100.0 * sizes[-1][0] if op.module == "3" and macs_of(op) else 0.01 * sizes[-1][0]
 
     monkeypatch.setattr(compress.timing, "seconds_of", seconds_of)
-    monkeypatch.setattr(compress.pruning, "relative_latency", lambda pruned, _, __: pruned[3].in_features / 40)
+    monkeypatch.setattr(compress.attempt, "relative_latency", lambda pruned, _, __: pruned[3].in_features / 40)
     widths = [
         layer.out_features for layer in prune(model, x, budget=Budget(latency=0.51), criterion="random").model[:3]
     ]
@@ -117,11 +117,11 @@ def test_no_result_is_slower_than_the_dense_model(monkeypatch: pytest.MonkeyPatc
 
         return relative_latency
 
-    monkeypatch.setattr(compress.pruning, "relative_latency", slow_unless(4))
+    monkeypatch.setattr(compress.attempt, "relative_latency", slow_unless(4))
     result = prune(model, x, budget=Budget(macs=0.5), round_to="auto", criterion="random")
     assert all(result.model[i].out_channels % 4 == 0 for i in (0, 2, 4))
     assert not result.notes
-    monkeypatch.setattr(compress.pruning, "relative_latency", slow_unless(1000))
+    monkeypatch.setattr(compress.attempt, "relative_latency", slow_unless(1000))
     result = prune(model, x, budget=Budget(macs=0.5), round_to="auto", criterion="random")
     assert result.after.macs <= 0.5 * result.before.macs
     assert "takes 1.40 x the dense model's seconds" in result.notes[0]
