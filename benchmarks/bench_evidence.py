@@ -60,7 +60,7 @@ def _forward(model: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    with stopwatch(None, {}) as seconds:
+    with stopwatch({}) as seconds:
         function()
     return seconds["total"]
 
