@@ -16,11 +16,13 @@ class Removal:
     """The units of a group in the ``order`` in which they go, and the loss when the first k are gone.
 
     ``losses`` has shape (units + 1,), begins with 0 and never falls. Losses of different groups are compared with each
-    other, so a criterion gives all of them in one unit.
+    other, so a criterion gives all of them in one unit. ``relative``: they are parts of what the dense group has, and
+    are weighed against what a channel saves in the dense model; else against what it saves when its turn comes.
     """
 
     order: Array
     losses: Values
+    relative: bool = False
 
     @property
     def scores(self) -> Values:
@@ -43,4 +45,4 @@ def by_score(group: ChannelGroup, scores: Values) -> Removal:
     if total <= 0:  # all alike
         shifted, total = np.ones_like(shifted), float(len(shifted))
     stays = 1.0 - np.concatenate([[0.0], np.cumsum(shifted)]) / total
-    return Removal(order, -np.log(np.maximum(stays, np.finfo(float).tiny)) * max(num_layers, 1))
+    return Removal(order, -np.log(np.maximum(stays, np.finfo(float).tiny)) * max(num_layers, 1), relative=True)

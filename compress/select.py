@@ -160,7 +160,8 @@ def smallest(graph: ChannelGraph, price: Price, cost: Callable[[Selection], floa
 def _in_order(graph: ChannelGraph, removals: Sequence[Removal], price: Price, options: SelectOptions) -> Chunks:
     """All chunks; the next is always the one that loses least for what it saves by then.
 
-    What each lump saves is worked out anew whenever a part of the cost is gone, as its neighbours have shrunk.
+    What each lump saves is worked out anew whenever a part of the cost is gone, as its neighbours have shrunk; except
+    for losses that are relative to the dense model.
     """
     found = [_chunks(graph, index, removals, options) for index in range(len(graph.lumps))]
     left = Chunks(*(np.concatenate([getattr(c, name) for c, _ in found]) for name in ("lump", "times")))
@@ -168,12 +169,13 @@ def _in_order(graph: ChannelGraph, removals: Sequence[Removal], price: Price, op
     if options.scope == "uniform":
         return left[np.argsort(losses, kind="stable")]
     kept, ordered = graph.sizes.copy(), left[:0]
+    part = np.inf if all(removal.relative for removal in removals) else REPRICE
     while len(left):
         savings = _savings(graph, price, kept, options)[left.lump]
         # what saves nothing (a head that runs in training only) goes last
         keys = np.divide(losses, savings, out=np.full(len(left), np.inf), where=savings > 0)
         order = np.lexsort((losses, keys))  # neither falls within a lump, and equal ones stay in order
-        number = int(np.searchsorted(np.cumsum((savings * left.times)[order]), REPRICE)) + 1
+        number = int(np.searchsorted(np.cumsum((savings * left.times)[order]), part)) + 1
         next_ones = left[order[:number]]
         for index, times in next_ones.per_lump().items():
             for g, n in graph.lumps[index].units.items():

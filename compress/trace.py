@@ -95,7 +95,8 @@ def _record(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, stand_ins: StandIns
 ) -> Trace:
     trace = Trace(real=isinstance(stand_ins, RealTensors))
-    with untouched(model), visible_operators(), ExitStack() as stack:
+    # in inference mode operators would not be seen one by one
+    with torch.inference_mode(False), untouched(model), visible_operators(), ExitStack() as stack:
         recorder = Recorder(trace, stand_ins.run)
         trace.observations = stack.enter_context(observing())
         if on_meta(model):  # a model without data takes inputs without data

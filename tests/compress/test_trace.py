@@ -242,3 +242,10 @@ def test_stored_integers_are_known_by_their_place() -> None:
 
 def test_token_models_are_traced() -> None:
     assert compress.trace(nn.Sequential(nn.Embedding(13, 11), nn.Linear(11, 5)), tokens()).groups[0].num_units == 11
+
+
+def test_inference_mode_changes_nothing() -> None:
+    expected = [(str(op), op.outputs[0].shape) for op in record(_model(), image()).ops]
+    with torch.inference_mode():
+        model, x = _model(), image()
+        assert [(str(op), op.outputs[0].shape) for op in record(model, x).ops] == expected
