@@ -149,9 +149,10 @@ def collect_activations(model: nn.Module, graph: ChannelGraph, calibration: Cali
             try:
                 found = observers.get(shapes, first).run(model, inputs, index)
             except _OtherPathError:
-                if shapes in observers or list(shapes) == traced[: len(shapes)]:
-                    raise
-                observers[shapes] = _observer(model, inputs, index)  # operators may decompose differently at this size
+                if shapes in observers or (graph.trace.real and list(shapes) == traced[: len(shapes)]):
+                    raise  # it depends on the data
+                # operators may decompose differently at this size, and on this device
+                observers[shapes] = _observer(model, inputs, index)
                 found = observers[shapes].run(model, inputs, index)
             for read in found:
                 sums.setdefault(read.key, read.nothing()).add(read)
@@ -188,7 +189,7 @@ class _OtherPathError(CalibrationError):
 
 def _observer(model: nn.Module, inputs: ExampleInputs, batch: int) -> "_Observer":
     try:
-        trace = record(model, inputs, training=False)
+        trace = record(model, inputs, training=False, on_device=True)
     except PruneError as error:
         raise CalibrationError(f"calibration data (batch {batch}) do not fit the model: {error}") from error
     return _Observer(trace, propagate(trace))

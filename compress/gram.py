@@ -71,8 +71,8 @@ def collect_grams(
     Raises:
         CalibrationError: batches of the wrong form or shape, or activations that are not finite.
     """
-    wanted = {
-        site.key
+    wanted = {  # (tensors of another trace than the graph's have no labels)
+        site.key: site
         for site in find_sites(graph.trace)
         if site.num_inputs <= MAX_INPUTS and (graph.units(site.columns(graph.labels))[0] >= 0).any()
     }
@@ -91,7 +91,7 @@ def collect_grams(
                     size = site.num_inputs + 1
                     gram = torch.zeros(site.groups, size, size, dtype=torch.float64)
                     share = torch.zeros(site.groups, site.num_outputs, dtype=torch.float64)
-                    known = sums[site.key] = GramSums(site, landings[site.key], gram, share)
+                    known = sums[site.key] = GramSums(wanted[site.key], landings[site.key], gram, share)
                 looks.add(site.op, _rows_look(site, known, batch, row_share, generator))
                 _add_share_looks(looks, site, landings[site.key], known)
             run(model, inputs, Watch(trace, batch, looks.functions))
@@ -108,7 +108,7 @@ def traced(model: nn.Module, inputs: Iterator[ExampleInputs] | Sequence[ExampleI
         shapes = tuple(leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         if shapes not in traces:
             try:
-                traces[shapes] = record(model, batch, training=False)
+                traces[shapes] = record(model, batch, training=False, on_device=True)
             except PruneError as error:
                 raise CalibrationError(f"calibration data do not fit the model: {error}") from error
         yield batch, traces[shapes]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress.containers import Step, changed
 from compress.provenance import Stored, stored_integers, traced_integers
@@ -64,7 +65,8 @@ def visible_operators() -> Iterator[None]:
     """Turn off fused attention and recurrent layers, and let functions of ``torch.nn.functional`` run their bodies.
 
     The latter ask ``has_torch_function`` first and would otherwise reach the mode as one opaque call, which hides the
-    integers that, say, ``multi_head_attention_forward`` reshapes with.
+    integers that, say, ``multi_head_attention_forward`` reshapes with. A model so runs through the same operators on
+    any device, with data and without.
     """
     names = [name for name in vars(F) if name.startswith("has_torch_function")]
     before = {name: getattr(F, name) for name in names}
@@ -77,7 +79,8 @@ def visible_operators() -> Iterator[None]:
     for name in names:
         setattr(F, name, lambda *_: False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch._C._set_mkldnn_enabled(onednn)

@@ -25,8 +25,10 @@ ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 IN_MODULE = "in module "  # begins the note that says where a run failed
 
 
-def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = True) -> Trace:
+def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = True, on_device: bool = False) -> Trace:
     """Trace ``model`` on ``example_inputs`` in evaluation mode, and in training mode unless ``training`` is False.
+
+    ``on_device``: take the operators that the model's own device would run; they differ for recurrent layers.
 
     Raises:
         TraceError: the model does not run on its example inputs, was scripted, or has no parameters.
@@ -34,7 +36,7 @@ def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = 
     args, kwargs = as_arguments(example_inputs)
     _check_model(model)
     failures: list[Exception] = []
-    for make in STAND_INS:
+    for make in STAND_INS[1:] if on_device else STAND_INS:
         try:
             trace = _record(model, args, kwargs, training=training, stand_ins=make())
         except Exception as problem:  # noqa: BLE001  see the list of stand-ins; the last error is the user's

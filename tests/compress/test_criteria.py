@@ -253,3 +253,27 @@ def test_every_name_is_a_criterion() -> None:
     for name, criterion in CRITERIA.items():
         assert resolve(name) is criterion
         assert criterion.__doc__
+
+
+class Tokens(nn.Module):
+    """Attention, then recurrence: which kernels run depends on the device, and on whether there are data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.position = nn.Conv2d(3, 8, 3, stride=2), nn.Parameter(torch.randn(1, 12, 8))
+        self.block = nn.TransformerEncoderLayer(8, 2, 14, batch_first=True, norm_first=True)
+        self.lstm, self.head = nn.LSTM(8, 9, batch_first=True), nn.Linear(9, 5)
+
+    def forward(self, x):
+        x = self.block(self.stem(x).flatten(2).transpose(1, 2) + self.position)
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+def test_every_criterion_ranks_the_channels_of_a_transformer(criterion: str) -> None:
+    """The example is one image, calibration comes in batches of other sizes."""
+    model = lively(Tokens()).float()
+    batches = [(image(n, 3, 9, 7, seed=n), torch.arange(n) % 5) for n in (12, 16, 16)]
+    result = prune(model, image(1, 3, 9, 7), budget=Budget(macs=0.6), criterion=criterion, calibration=batches)
+    assert result.after.macs <= 0.6 * result.before.macs
+    assert any(len(np.unique(scores)) > 1 for scores in result.scores.values())

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import compress
-from compress.trace import as_arguments, describe, record
+from compress.recorder import Trace
+from compress.stand_ins import RealTensors
+from compress.trace import _record, as_arguments, describe, record
 from tests.compress.helpers import Apply, image, tokens
 
 
@@ -249,3 +251,32 @@ def test_inference_mode_changes_nothing() -> None:
     with torch.inference_mode():
         model, x = _model(), image()
         assert [(str(op), op.outputs[0].shape) for op in record(model, x).ops] == expected
+
+
+class Fused(nn.Module):
+    """Layers for which PyTorch has kernels of their own on some devices."""
+
+    def __init__(self, *, recurrent: bool) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), nn.MaxPool2d(2))
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        self.lstm = nn.LSTM(8, 8, batch_first=True) if recurrent else None
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.encoder(self.stem(x).flatten(2).transpose(1, 2))
+        x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        x = x if self.lstm is None else self.lstm(x)[0]
+        return self.head(x.mean(1))
+
+
+def _operators(trace: Trace) -> list[tuple]:
+    return [(str(op), [t.shape for t in op.tensors]) for op in trace.ops]
+
+
+@pytest.mark.parametrize(("on_device", "recurrent"), [(False, False), (True, False), (True, True)])
+def test_operators_are_the_same_with_data_and_without(on_device: bool, recurrent: bool) -> None:
+    """What is found on shapes is looked for on data: the n-th operator of one run is the n-th of the other."""
+    model, x = Fused(recurrent=recurrent).eval(), torch.rand(2, 3, 9, 7)
+    real = _record(model, (x,), {}, training=False, stand_ins=RealTensors())
+    assert _operators(record(model, x, training=False, on_device=on_device)) == _operators(real)
