@@ -33,7 +33,7 @@ class Cost:
 
 
 def measure(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
-    """Cost of ``model`` on ``example_inputs`` in evaluation mode; nothing is computed (fake tensors).
+    """Cost of ``model`` on ``example_inputs`` in evaluation mode; nothing is computed (tensors without data).
 
     MACs are half of what ``torch.utils.flop_counter`` counts: convolutions, matrix products and attention.
 
