@@ -24,8 +24,8 @@ exact, the result computes what its masked twin computes (float64, 1e-5 of the o
 all that holds with `exact_only=True` as well. Where a plan is not exact the last column says why: the remaining \
 statistics differ.
 
-Some transformers cannot be pruned so far exactly: their code reads the inner width of attention off the residual stream \
-(`B, N, C = x.shape`, later `reshape(B, N, C)`), so that heads go only together with channels that pass a layer norm.
+Some transformers cannot be pruned so far exactly: their code reads the inner width of attention off the residual \
+stream (`B, N, C = x.shape`, later `reshape(B, N, C)`), so that heads go only together with channels that pass a norm.
 
 *error* is the largest difference from the masked twin, in units of the output's largest value (for plans that are \
 not exact it says nothing about mistakes), *exact only* the MACs kept with `exact_only=True`. *memory* is the model \
