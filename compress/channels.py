@@ -15,7 +15,7 @@ from compress.labels import FIXED, Array, Labels, Mark, ParameterAxis
 from compress.provenance import Stored
 from compress.recorder import Trace
 from compress.rules import propagate
-from compress.sandbox import unwrapped
+from compress.sandbox import no_collections, unwrapped
 from compress.solve import Lengths, solve
 from compress.trace import ExampleInputs, record
 
@@ -226,6 +226,7 @@ class ChannelGraph:
                 yield FrozenAxis(axis.parameter, axis.axis, len(stays), axis.size, reason)
 
 
+@no_collections()
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGraph:
     """Find out which channels of ``model`` can be removed, and what must go with each.
 

@@ -18,7 +18,7 @@ from compress.evidence import Values
 from compress.plan import PrunePlan
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
-from compress.sandbox import on_meta, unwrapped
+from compress.sandbox import no_collections, on_meta, unwrapped
 from compress.score import collect_evidence, removals_of
 from compress.select import FLOOR, SelectOptions
 from compress.surgery import move_optimizer
@@ -51,6 +51,7 @@ class PruneResult:
         return result_table(self)
 
 
+@no_collections()
 def prune(
     model: nn.Module,
     example_inputs: ExampleInputs,

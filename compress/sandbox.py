@@ -1,5 +1,6 @@
 """Let a model run in a way that leaves no trace in it: stand-ins for its tensors and integers, everything put back."""
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 for buffer, value in data.values():
                     if buffer.numel() and not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """No garbage collection inside: tracing makes many small objects, and each collection walks all of PyTorch's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

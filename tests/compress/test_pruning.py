@@ -1,3 +1,4 @@
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -278,3 +279,22 @@ def test_shapes_that_come_in_a_list_stay_a_list() -> None:
     result = assert_exact(model, image())
     assert result.model[1].shape == [result.model[0].out_channels, 63]
     assert np.prod(result.model[1].shape) == result.model[0].out_channels * 63
+
+
+def test_garbage_collection_goes_on_afterwards_whatever_happened() -> None:
+    assert gc.isenabled()
+    compress.prune(_two_layers(), image(7, 3), budget=compress.Budget(channels=0.5))
+    assert gc.isenabled()
+    with pytest.raises(compress.PruneError):
+        compress.prune(nn.Linear(3, 5), image(7, 3), budget=compress.Budget(channels=0.5))
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        compress.trace(nn.Linear(3, 5), image(7, 3))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def _two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 5))
