@@ -16,6 +16,7 @@ from compress.criteria import Criterion, resolve
 from compress.errors import PruneError
 from compress.evidence import Values
 from compress.plan import PrunePlan
+from compress.recorder import Trace
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
@@ -137,9 +138,11 @@ def prune(
     if methods and calibration is not None and plan.groups:
         recovery = recovered(pruned, model, plan, calibration, methods, seed=seed)
         notes += recovery.notes
-    after = cost_of(pruned, record(pruned, example_inputs, training=False))
     if graph.trace.real:  # another number of proposals, say, would be counted: price what the dense model ran
-        after = replace(after, macs=round(attempt.cost(Budget(macs=1.0))(selection) * attempt.before.macs))
+        macs = round(attempt.cost(Budget(macs=1.0))(selection) * attempt.before.macs)
+        after = replace(cost_of(pruned, Trace()), macs=macs)
+    else:
+        after = cost_of(pruned, record(pruned, example_inputs, training=False))
     named = {f"{group.name}#{group.index}": values for group, values in zip(graph.groups, scores, strict=True)}
     return PruneResult(pruned, plan, attempt.before, after, _kept(graph, plan), named, tuple(notes), recovery)
 
