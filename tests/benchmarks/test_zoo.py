@@ -193,7 +193,7 @@ def test_the_page_shows_the_committed_results() -> None:
 
 def test_the_page_has_one_line_a_model_and_says_what_failed() -> None:
     measured = {"exact": True, "inexact": {}, "relative_error": 1e-15, "macs_kept": 0.499, "num_groups": 2,
-                "seconds": {"trace": 0.1, "plan": 0.05, "apply": 0.02, "verify": 0.03}, "model_mb": 40.0,
+                "seconds": {"trace": 0.1, "plan": 0.05, "apply": 0.02, "verify": 0.03, "total": 0.2}, "model_mb": 40.0,
                 "peak_mb": 60.0, "frozen": {"reason": 3}, "notes": []}  # fmt: skip
     peer = {"failure": "", "seconds": {"trace": 0.3, "step": 0.1}}
     broken = _result(model="torchvision:other", failure="prune: a | b")
@@ -208,4 +208,4 @@ def test_the_page_has_one_line_a_model_and_says_what_failed() -> None:
     )
     assert "| other | 3 x 8 x 8 | no | - | - | - | - | - | - | - | - | - | - | prune: a \\| b | - |" in page
     assert "| torchvision | 2 | 1 | 1 | 1 of 1 |" in page
-    assert "takes 2.00 times as long" in page
+    assert "takes 2.00 times the CPU seconds" in page
