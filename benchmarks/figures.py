@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
+from benchmarks.zoo import failures_of
 from compress.folder import write_file
 
 README = ROOT / "README.md"
@@ -27,9 +28,11 @@ def table(results: Path) -> str:
     """Markdown: a row for each claim whose results are in the folder, and where each was measured."""
     rows, places = [], []
     for name, describe in (
+        ("zoo", _zoo),
         ("bench_exactness", _exactness),
         ("bench_trace", _trace),
         ("bench_prune_cifar", _accuracy),
+        ("bench_no_training", _no_training),
     ):
         path = results / f"{name}.json"
         if path.exists():
@@ -40,6 +43,15 @@ def table(results: Path) -> str:
             places.append(f"`{name}`: {place}, PyTorch {found['versions']['torch']}")
     lines = ["| what | measured | command |", "|---|---|---|", *rows, "", f"Measured on: {'; '.join(places)}."]
     return "\n".join(lines) + "\n"
+
+
+def _zoo(found: dict[str, Any]) -> list[tuple[str, str]]:
+    passed = sum(not failures_of(result) for result in found["results"])
+    peers = [result["peer"] for result in found["results"] if result.get("peer")]
+    ran = sum(not peer["failure"] for peer in peers)
+    what = f"architectures pruned to {found['settings']['macs']:.0%} of their MACs that pass every check"
+    peer = f"(Torch-Pruning {found['versions']['torch-pruning']}, half of the channels, runs afterwards: {ran})"
+    return [(what, f"[{passed} of {len(found['results'])}](docs/zoo.md) {peer if peers else ''}".strip())]
 
 
 def _exactness(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -74,6 +86,18 @@ def _accuracy(found: dict[str, Any]) -> list[tuple[str, str]]:
         f"{settings['rounds']} rounds of {settings['epochs']} epochs"
     )
     return [(what, f"{rounds[0]['accuracy']:.2%} -> {rounds[-1]['accuracy']:.2%} test accuracy")]
+
+
+def _no_training(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for row in found["rows"]:
+        if row["method"] == "reconstruction, recovered":
+            name = row["model"].rpartition(":")[2]
+            what = (
+                f"{name} to {row['macs_kept']:.1%} of the MACs without training, {found['settings']['images']} images"
+            )
+            rows.append((what, f"{row['accuracy']:.2%} test accuracy"))
+    return rows
 
 
 if __name__ == "__main__":
