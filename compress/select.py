@@ -20,7 +20,7 @@ LOWER_FLOORS = (0.05, 0.02, 0.0)  # for a budget that cannot be reached above it
 SCOPES = ("global", "uniform")
 MAX_SKIPS = 11  # large steps that may be left out to come closer to the budget
 CLOSE_ENOUGH = 0.001  # of the budget
-REPRICE = 0.02  # of the dense cost: when so much is gone, what each lump saves is worked out anew
+REPRICE = 0.005  # of the dense cost: when so much is gone, what each lump saves is worked out anew
 
 
 @dataclass(frozen=True)
