@@ -34,24 +34,10 @@ class Attempt:
         self.notes: list[str] = []
         self._built: dict[tuple[tuple[int, int], ...], tuple[nn.Module, PrunePlan]] = {}
 
-    def cost(self, budget: Budget) -> Callable[[Selection], float]:
-        """The part of the dense model's cost that remains after a selection."""
-        remaining = self._remaining(budget.metric)
-        sizes = self.graph.sizes
-
-        def after(selection: Selection) -> float:
-            kept = sizes.copy()
-            for group, units in selection.units.items():
-                kept[group] -= len(units)
-            return remaining(kept)
-
-        return after
-
     def select(self, removals: Sequence[Removal], budget: Budget, options: SelectOptions) -> Selection:
         """What goes so that the cost, predicted where it is latency, meets the budget."""
         options = replace(options, stepwise=budget.metric == "latency")
-        price = self._remaining(budget.metric)
-        return select(self.graph, removals, price, self.cost(budget), budget.fraction, options)
+        return select(self.graph, removals, self.price(budget.metric), budget.fraction, options)
 
     def timed(self, removals: Sequence[Removal], budget: Budget, options: SelectOptions) -> Selection:
         """The same with widths that are worth it on this machine, a measured latency, and nothing slower than dense."""
@@ -100,7 +86,8 @@ class Attempt:
         """Seconds of the model's operators by width."""
         return TimeTable(self.graph, self.model)
 
-    def _remaining(self, metric: str) -> Callable[[Array], float]:
+    def price(self, metric: str) -> Callable[[Array], float]:
+        """The part of the dense model's cost that remains when so many units of each group are kept."""
         if metric == "channels":
             return lambda kept: float(kept.sum() / self.graph.sizes.sum())
         if metric == "latency":

@@ -58,8 +58,7 @@ def macs_of(op: Op) -> int:
         return 0
     arguments = tree_map_only(TensorRef, lambda ref: torch.Size(ref.shape), dict(op.arguments))
     shapes = [torch.Size(ref.shape) for ref in op.outputs]
-    positional = [arguments[a.name] for a in op.func._schema.arguments if not a.kwarg_only]
-    named = {a.name: arguments[a.name] for a in op.func._schema.arguments if a.kwarg_only}
+    positional, named = op.as_called(arguments)
     return int(formula(*positional, **named, out_val=shapes[0] if len(shapes) == 1 else tuple(shapes))) // 2
 
 

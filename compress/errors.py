@@ -27,3 +27,8 @@ class ArtifactError(PruneError):
 
 class CheckpointError(PruneError):
     """A checkpoint that cannot be read safely, or that does not fit the model."""
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong in one line, for a message that quotes it; the name of the error where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress.calibration import Calibration, batches
 from compress.channels import ChannelGraph, ChannelGroup, Member
-from compress.errors import CalibrationError, PruneError
+from compress.errors import CalibrationError, PruneError, first_line
 from compress.gradients import FirstOrder
 from compress.gram import Grams
 from compress.labels import FIXED, Array, Labels, Read
@@ -219,9 +219,9 @@ class _Observer:
         except CalibrationError:
             raise
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CalibrationError(
-                f"calibration data (batch {batch}) do not fit the model: on {describe(inputs)} it fails with {reason!r}"
+                f"calibration data (batch {batch}) do not fit the model: on {describe(inputs)} it fails with "
+                f"{first_line(error)!r}"
             ) from error
         return watch.found
 

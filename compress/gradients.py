@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.calibration import Calibration, batches
 from compress.channels import ChannelGraph, ChannelGroup, Member
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, first_line
 from compress.labels import Array
 from compress.sandbox import untouched
 from compress.trace import ExampleInputs, as_arguments, describe
@@ -102,7 +102,7 @@ def _loss(model: nn.Module, inputs: ExampleInputs, target: Any, loss: Loss | Non
         output = model(*args, **kwargs)
     except Exception as error:
         raise CalibrationError(
-            f"calibration batch {batch} ({describe(inputs)}) does not fit the model: {_first_line(error)}"
+            f"calibration batch {batch} ({describe(inputs)}) does not fit the model: {first_line(error)}"
         ) from error
     if loss is None and not isinstance(output, Tensor):
         raise CalibrationError(
@@ -113,7 +113,7 @@ def _loss(model: nn.Module, inputs: ExampleInputs, target: Any, loss: Loss | Non
     except Exception as error:
         name = "cross-entropy, the default loss," if loss is None else "the loss"
         raise CalibrationError(
-            f"{name} fails on calibration batch {batch}, whose target is {describe(target)}: {_first_line(error)}; "
+            f"{name} fails on calibration batch {batch}, whose target is {describe(target)}: {first_line(error)}; "
             "pass targets that fit, or loss=fn(output, target)"
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -126,10 +126,6 @@ def _loss(model: nn.Module, inputs: ExampleInputs, target: Any, loss: Loss | Non
             "data, the normalisation and the weights"
         )
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _where_not_finite(model: nn.Module, inputs: ExampleInputs) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from compress.channels import ChannelGraph, ChannelGroup, FrozenAxis
 from compress.cost import CostModel, macs_of
 from compress.counts import Lump
-from compress.labels import Array
-from compress.select import Selection, smallest
+from compress.select import smallest
 
 PLACE = re.compile(r"(\w+\.\w+\.\w+) in \S+?(?=[:,]? |$)")  # operators name their module: "aten.add.Tensor in layer1.0"
 PARAMETRIZED = ".parametrizations."  # conv.parametrizations.weight.original0 belongs to conv
@@ -164,14 +163,4 @@ def _smallest(graph: ChannelGraph, macs: int) -> float:
     if not len(graph.sizes):
         return 1.0
     price = CostModel(graph, "macs", macs)
-
-    def remaining(kept: Array) -> float:
-        return price(kept) / max(macs, 1)
-
-    def cost(selection: Selection) -> float:
-        kept = graph.sizes.copy()
-        for group, units in selection.units.items():
-            kept[group] -= len(units)
-        return remaining(kept)
-
-    return smallest(graph, remaining, cost)
+    return smallest(graph, lambda kept: price(kept) / max(macs, 1))

@@ -139,7 +139,7 @@ def prune(
         recovery = recovered(pruned, model, plan, calibration, methods, seed=seed)
         notes += recovery.notes
     if graph.trace.real:  # another number of proposals, say, would be counted: price what the dense model ran
-        macs = round(attempt.cost(Budget(macs=1.0))(selection) * attempt.before.macs)
+        macs = round(attempt.price("macs")(selection.kept(graph.sizes)) * attempt.before.macs)
         after = replace(cost_of(pruned, Trace()), macs=macs)
     else:
         after = cost_of(pruned, record(pruned, example_inputs, training=False))

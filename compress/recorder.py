@@ -68,6 +68,13 @@ class Op:
         where = f" in {self.module}" if self.module else ""
         return f"{self.func}{where}"
 
+    def as_called(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """``arguments`` by schema name as ``func`` takes them: positional ones in order, and those by keyword."""
+        schema = self.func._schema.arguments
+        return [arguments[a.name] for a in schema if not a.kwarg_only], {
+            a.name: arguments[a.name] for a in schema if a.kwarg_only
+        }
+
     @cached_property
     def tensors(self) -> tuple[TensorRef, ...]:
         """Every tensor among the arguments, in order."""

@@ -56,6 +56,13 @@ class Selection:
     lumps: Mapping[int, int]
     floor: float = FLOOR
 
+    def kept(self, sizes: Array) -> Array:
+        """How many units of each group stay, of ``sizes``."""
+        left = sizes.copy()
+        for group, units in self.units.items():
+            left[group] -= len(units)
+        return left
+
 
 @dataclass(frozen=True)
 class SelectOptions:
@@ -85,7 +92,6 @@ def select(
     graph: ChannelGraph,
     removals: Sequence[Removal],
     price: Price,
-    cost: Callable[[Selection], float],
     target: float,
     options: SelectOptions,
 ) -> Selection:
@@ -95,13 +101,17 @@ def select(
 
     Args:
         removals: of each group.
-        price: what a model costs of which so many units of each group are kept, as a fraction of the dense one.
-        cost: the exact cost of a selection, as a fraction of the dense model's; falls as more is removed.
+        price: what a model costs of which so many units of each group are kept, as a fraction of the dense one; falls
+            as more is removed.
         target: fraction in (0, 1].
 
     Raises:
         BudgetError: the target is below what ``min_channels`` allows; says the smallest that can be reached.
     """
+
+    def cost(selection: Selection) -> float:
+        return price(selection.kept(graph.sizes))
+
     order = [removal.order for removal in removals]
     every = _in_order(graph, removals, price, options)
     for floor in (FLOOR, *LOWER_FLOORS):
@@ -149,12 +159,12 @@ def _shortest(chunks: Chunks, least: int, holds: Callable[[Chunks], bool]) -> in
     return high
 
 
-def smallest(graph: ChannelGraph, price: Price, cost: Callable[[Selection], float]) -> float:
+def smallest(graph: ChannelGraph, price: Price) -> float:
     """The lowest cost that the floors allow when units of a group are worth the same; arguments as for `select`."""
     removals = [by_score(group, np.ones(group.num_units)) for group in graph.groups]
     options = SelectOptions()
     chunks = _feasible(graph, _in_order(graph, removals, price, options), options, FLOOR)
-    return cost(_selection(graph, [removal.order for removal in removals], chunks.per_lump()))
+    return price(_selection(graph, [removal.order for removal in removals], chunks.per_lump()).kept(graph.sizes))
 
 
 def _in_order(graph: ChannelGraph, removals: Sequence[Removal], price: Price, options: SelectOptions) -> Chunks:

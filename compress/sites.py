@@ -116,12 +116,8 @@ class Site:
 
     def _operand(self, tensor: Tensor) -> Tensor:
         for op in self.views:
-            options = op.func._schema.arguments[1:]
-            found = op.func(
-                tensor,
-                *[op.arguments[a.name] for a in options if not a.kwarg_only],
-                **{a.name: op.arguments[a.name] for a in options if a.kwarg_only},
-            )
+            (_, *options), named = op.as_called(op.arguments)
+            found = op.func(tensor, *options, **named)
             tensor = found if isinstance(found, Tensor) else found[0]
         return tensor
 

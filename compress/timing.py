@@ -25,7 +25,7 @@ MULTIPLES = (1, 2, 4, 8, 16, 32)  # what widths may be rounded to: vectors of 8 
 WORTH = 0.85  # of the best saving a channel: a finer multiple that reaches it is as good
 GRID = (0.1, 0.25, 0.5, 0.75, 1.0)  # parts of a width that are timed; between them the seconds are interpolated
 MOST_AXES = 3  # that the table of one operator has
-RUNS, MOST_RUNS, ENOUGH = 5, 100, 0.01  # runs of an operator, at most so many, or seconds; the least of them counts
+LEAST_RUNS, MOST_RUNS, ENOUGH = 3, 5, 0.01  # runs of an operator, and seconds after which no more; the least counts
 
 _seconds: dict[tuple[Any, ...], float] = {}
 
@@ -149,12 +149,10 @@ def _measured(
     clock = own_clock(device)
     try:
         with torch.inference_mode():
-            given = tree_map_only(TensorRef, filled, dict(arguments))
-            positional = [given[a.name] for a in op.func._schema.arguments if not a.kwarg_only]
-            named = {a.name: given[a.name] for a in op.func._schema.arguments if a.kwarg_only}
+            positional, named = op.as_called(tree_map_only(TensorRef, filled, dict(arguments)))
             times: list[float] = []
             op.func(*positional, **named)
-            while (len(times) < RUNS and sum(times) < ENOUGH) or len(times) < 3:
+            while len(times) < LEAST_RUNS or (len(times) < MOST_RUNS and sum(times) < ENOUGH):
                 wait(device)
                 start = clock()
                 op.func(*positional, **named)
@@ -163,11 +161,6 @@ def _measured(
     except Exception:  # noqa: BLE001  sizes that are written out (views), values that must fit: no part of the table
         return 0.0
     return min(times)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _timed(graph: ChannelGraph, op: Op) -> _TimedOp:

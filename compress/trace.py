@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from compress.errors import TraceError
+from compress.errors import TraceError, first_line
 from compress.provenance import observing
 from compress.recorder import Call, Op, Recorder, TensorRef, Trace, module_path
 from compress.sandbox import on_meta, substitute, untouched, visible_operators
@@ -46,10 +46,9 @@ def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = 
             trace.notes.append(f"traced with a real forward pass: {type(failures[-1]).__name__}")
         return trace
     error = failures[-1]
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     where = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith(IN_MODULE))
     raise TraceError(
-        f"the model does not run on its example inputs ({describe(example_inputs)}){where}: {reason[0]}; "
+        f"the model does not run on its example inputs ({describe(example_inputs)}){where}: {first_line(error)}; "
         "pass inputs of the shape that the model is used with"
     ) from error
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from compress.gram import num_samples_of
 from compress.sandbox import untouched
-from compress.trace import ExampleInputs, as_arguments
+from compress.trace import ExampleInputs, as_arguments, output_tensors
 
 
 class Trial:
@@ -17,7 +17,7 @@ class Trial:
     def __init__(self, model: nn.Module, inputs: Iterable[ExampleInputs]) -> None:
         self._inputs = list(inputs)
         self._outputs = [_outputs(model, inputs) for inputs in self._inputs]
-        together = [torch.cat([o.reshape(-1, *o.shape[1:]) for o in column]) for column in self._columns()]
+        together = [torch.cat(column) for column in self._columns()]
         self._spread = sum(float((t - t.mean(0)).square().sum()) for t in together)
 
     def _columns(self) -> list[list[Tensor]]:
@@ -50,5 +50,4 @@ def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     args, kwargs = as_arguments(inputs)
     with torch.no_grad(), untouched(model):
         found = model.eval()(*args, **kwargs)
-    leaves = tree_leaves(dict(found) if isinstance(found, dict) else found)
-    return [leaf.double().cpu() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [tensor.double().cpu() for tensor in output_tensors(found) if tensor.is_floating_point()]

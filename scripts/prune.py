@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import compress
 from compress.checkpoint import load_state_dict, read_state_dict
 from compress.criteria import needs, resolve
+from compress.errors import first_line
 from compress.loop import RunResult
 from compress.report import RoundRecord
 from compress.rounds import RoundContext
@@ -129,9 +130,8 @@ def _check_fit(model: nn.Module, example: Tensor, data: ImageData, config: Model
         with torch.no_grad():
             output = model.eval()(example)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{config.model} cannot run on the images {shape} of {config.data} ({reason}); {remedy}"
+            f"{config.model} cannot run on the images {shape} of {config.data} ({first_line(error)}); {remedy}"
         ) from error
     if not isinstance(output, Tensor) or output.shape != (1, data.num_classes):
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -67,6 +67,7 @@ def gated_linear_unit(labels: Labels, op: Op) -> None:
     "clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "native_dropout", "_fused_dropout",
     "bernoulli", "uniform", "normal", "random", "exponential", "zero", "fill", "cumsum", "cumprod", "flip",
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+    "_conj", "_neg_view",
 )  # fmt: skip
 def same_shape(labels: Labels, op: Op) -> None:
     """Results of the shape of the first tensor, whose length along each axis follows it."""

@@ -28,9 +28,3 @@ def from_pairs(labels: Labels, op: Op) -> None:
     *axes, pair = labels[op.tensors[0]]
     labels.freeze(pair, f"operator {op} makes one number of two")
     labels.set(op.outputs[0], axes)
-
-
-@rule("_conj", "_neg_view")
-def conjugate(labels: Labels, op: Op) -> None:
-    """Element by element."""
-    labels.set(op.outputs[0], labels[op.tensors[0]])

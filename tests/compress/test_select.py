@@ -17,12 +17,8 @@ def _select(scores, target: float, **options):
     """Budget on channels of a graph with 40 and 20 units."""
     graph = compress.trace(_model(), image())
     total = int(graph.sizes.sum())
-
-    def cost(selection) -> float:
-        return 1 - sum(len(units) for units in selection.units.values()) / total
-
     removals = [by_score(group, values) for group, values in zip(graph.groups, scores, strict=True)]
-    return select(graph, removals, lambda kept: kept.sum() / total, cost, target, SelectOptions(**options))
+    return select(graph, removals, lambda kept: kept.sum() / total, target, SelectOptions(**options))
 
 
 def _draw(seed: int) -> list[np.ndarray]:
