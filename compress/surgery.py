@@ -215,5 +215,7 @@ def _describe_modules(model: nn.Module) -> None:
             module.num_channels = module.weight.shape[0]
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
+        elif isinstance(module, nn.RNNCellBase):
+            module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
         elif isinstance(module, nn.PReLU):
             module.num_parameters = module.weight.shape[0]
