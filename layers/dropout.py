@@ -19,8 +19,8 @@ class Dropout(nn.Module):
     - "time": all steps of a sequence (Gal and Ghahramani: A Theoretically Grounded Application of Dropout in Recurrent
       Neural Networks, 2016, section 4); input (batch, time, features).
 
-    Raises ValueError for p outside [0, 1), another `scale_at` or `per`, and an input of a rank that `per` does not
-    take.
+    Raises ValueError for p outside [0, 1), another `scale_at` or `per`, an input of a rank that `per` does not take,
+    and an empty axis.
 
     >>> Dropout(0.25, scale_at="test").eval()(torch.ones(3))
     tensor([0.7500, 0.7500, 0.7500])
@@ -35,9 +35,11 @@ class Dropout(nn.Module):
         self.p, self.scale_at, self.per = p, scale_at, per
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.per == "channel":
+        if self.per == "element":
+            check_shape(self, "x", x, ("...",))
+        elif self.per == "channel":
             check_shape(self, "x", x, ("batch", "channels", *("*",) * max(1, x.dim() - 2)))
-        elif self.per == "time":
+        else:
             check_shape(self, "x", x, ("batch", "time", "features"))
         if not self.training:
             return x if self.scale_at == "train" else x * (1 - self.p)

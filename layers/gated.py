@@ -93,7 +93,8 @@ class GatedConv1d(nn.Module):
 class GatedConv2d(nn.Module):
     """`GatedConv1d` for images: (batch, in_channels, height, width) -> (batch, out_channels, height', width').
 
-    Raises ValueError for an even kernel, an unknown gate, and another rank or number of channels.
+    Formula and source as for `GatedConv1d`. Raises ValueError for an even kernel, an unknown gate, and another rank or
+    number of channels.
 
     >>> GatedConv2d(3, 5, 3, stride=2)(torch.zeros(2, 3, 9, 7)).shape
     torch.Size([2, 5, 5, 4])

@@ -102,7 +102,7 @@ class HighwayConv1d(_Highway):
 
 
 class HighwayConv2d(_Highway):
-    """`HighwayConv1d` for images: (batch, channels, height, width), in and out.
+    """`HighwayConv1d` for images: (batch, channels, height, width), in and out. Errors as for `HighwayConv1d`.
 
     >>> HighwayConv2d(6, 3)(torch.zeros(2, 6, 9, 7)).shape
     torch.Size([2, 6, 9, 7])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layers._checks import check_positive, fail
+from layers._checks import check_positive, check_shape, fail
 
 Spec = Mapping[str, Any] | nn.Module
 
@@ -32,8 +32,8 @@ class Network(nn.Module):
     tuple the first element goes on.
 
     The last layer that has a matrix of weights is the output layer, those before it are hidden; what has none (pooling,
-    dropout, norms) is no layer. The input is not one either. `repr` shows the count. `input_dtype` is that of the
-    input, `torch.long` for indices into an embedding.
+    dropout, norms) is no layer (Goodfellow, Bengio, Courville: Deep Learning, 2016, section 6.4). The input is not one
+    either. `repr` shows the count. `input_dtype` is that of the input, `torch.long` for indices into an embedding.
 
     Raises ValueError naming the number of the spec, for a name that nobody has, arguments that a layer does not take,
     and layers that do not fit each other; and where no layer has weights.
@@ -75,6 +75,7 @@ class Network(nn.Module):
         self.output = nn.Sequential(*modules[layers[-1] :])
 
     def forward(self, x: Tensor) -> Tensor:
+        check_shape(self, "x", x, ("batch", *map(str, self.input_shape)))  # other sizes may fit: the layers know
         for module in (*self.hidden, *self.output):
             x = _first(module(x))
         return x

@@ -120,7 +120,7 @@ class AvgPool3d(nn.AvgPool3d):
 class GlobalPool(nn.Module):
     """Maximum or average over all axes after the channels: input (batch, channels, *), output (batch, channels).
 
-    `kind` is "average" (Lin, Chen, Yan: Network In Network, 2014, section 3.2) or "max".
+    `kind` is "average" (source: Lin, Chen, Yan: Network In Network, 2014, section 3.2) or "max".
 
     Raises ValueError for another kind, fewer than three axes, and an empty axis.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from layers._checks import fail, is_symbolic
+from layers._checks import check_shape, fail, is_symbolic
 from layers.activation import activation_module
 from layers.conv import ConvBNAct
 
@@ -17,7 +17,7 @@ class Residual(nn.Module):
     module. Source: He et al.: Deep Residual Learning for Image Recognition (2016), equations 1 (identity) and 2
     (projection).
 
-    Raises ValueError for an unknown activation, and where the two shapes differ.
+    Raises ValueError for an unknown activation, an empty axis, and where the two shapes differ.
 
     >>> body = ConvBNAct(4, 8, 3, stride=2, activation=None)
     >>> Residual(body, projection(4, 8, stride=2), activation="relu")(torch.zeros(2, 4, 9, 7)).shape
@@ -33,6 +33,7 @@ class Residual(nn.Module):
         self.activation = activation_module(self, activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_shape(self, "x", x, ("...",))
         y, kept = self.body(x), self.shortcut(x)
         if not is_symbolic(y) and not _same(y.shape, kept.shape):
             raise fail(
