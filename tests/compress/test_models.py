@@ -7,13 +7,14 @@ from torch import nn
 
 import compress
 import layers.models
-from tests.compress.helpers import assert_same, assert_trains, image, lively, masked_by_hand
+from tests.compress.helpers import assert_exact, assert_same, assert_trains, image, lively, masked_by_hand
 from tests.compress.test_cost import macs_by_flop_counter
 
 OWN = {
     "digits_cnn": (1, 8), "resnet20_cifar": (3, 32), "resnet32_cifar": (3, 32), "resnet44_cifar": (3, 32),
-    "resnet56_cifar": (3, 32), "vgg16_bn_cifar": (3, 32),
+    "resnet56_cifar": (3, 32), "vgg16_bn_cifar": (3, 32), "inception_cifar": (3, 32), "highway_mlp": (1, 8),
 }  # fmt: skip
+TEXT = ("text_cnn", "bilstm_crf")
 QUICK = ("resnet18", "resnet50", "densenet121", "mobilenet_v2", "squeezenet1_1", "googlenet", "efficientnet_b0",
          "regnet_y_400mf", "shufflenet_v2_x1_0")  # fmt: skip
 HEAVY = ("vgg11_bn",)  # 130 million parameters: 20 s, most of it arithmetic in float64
@@ -54,7 +55,7 @@ def test_half_of_the_macs_exactly_of_heavy_models(name: str) -> None:
 
 
 def test_every_model_of_our_own_is_here() -> None:
-    assert set(OWN) >= {n for n in layers.models.__all__ if callable(getattr(layers.models, n)) and n.islower()}
+    assert {*OWN, *TEXT} >= {n for n in layers.models.__all__ if callable(getattr(layers.models, n)) and n.islower()}
 
 
 def test_a_shortcut_that_pads_and_strides_prunes_with_its_stage() -> None:
@@ -65,3 +66,15 @@ def test_a_shortcut_that_pads_and_strides_prunes_with_its_stage() -> None:
     assert any("layer1" in name for name in kept)
     assert any("layer3" in name for name in kept)
     assert result.model(image(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_models(name: str) -> None:
+    """Padded batches with lengths; the tags and the transitions between them stay."""
+    inputs = (torch.randint(0, 1000, (3, 9)), torch.tensor([9, 4, 1]))
+    result = assert_exact(getattr(layers.models, name)(), inputs, compress.Budget(macs=0.5))
+    if name == "bilstm_crf":
+        assert result.model.crf.transitions.shape == (5, 5)
+        assert result.model.decode(*inputs).shape == (3, 9)
+        cell = result.model.lstm.backwards[0]
+        assert (cell.hidden_size, cell.input_size) == (cell.weight_hh.shape[1], cell.weight_ih.shape[1])

@@ -33,10 +33,8 @@ class Example:
 T1, T2, T3 = (2, 6, 9), (2, 6, 9, 7), (2, 6, 4, 5, 3)
 FLAT = (3, 6)
 LENGTHS = (torch.tensor([7, 3]),)
-TAGS = (
-    torch.tensor([[0, 3, 1, 2], [2, 2, 0, 1]]),
-    torch.tensor([[True, True, True, True], [True, False, True, False]]),
-)
+COUNTS = torch.tensor([[True, True, True, True], [True, False, True, False]])
+TAGS = (torch.tensor([[0, 3, 1, 2], [2, 2, 0, 1]]), COUNTS)
 BRANCHES = [[ConvStep(4)], [ConvStep(3), ConvStep(5, 3)], [PoolStep("average"), ConvStep(2)]]
 SPECS = [{"layer": "Dense", "out_features": 8, "activation": "tanh"}, {"layer": "Linear", "out_features": 5}]
 

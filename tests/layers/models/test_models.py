@@ -6,9 +6,37 @@ from torch import nn
 
 from layers import models
 
+EMBEDDING = 1000 * 64
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int = 1) -> int:
+    """Weights of a convolution without bias, and of its batch norm."""
+    return out_channels * (in_channels * kernel_size**2 + 2)
+
+
+def _block(n: int, width: int) -> int:
+    few, many, fine, side = width // 4, width // 2, width // 16, width // 8
+    return 2 * _conv(n, few) + _conv(few, many, 3) + _conv(n, fine) + _conv(fine, side, 5) + _conv(n, side)
+
+
+def _reduction(n: int) -> int:
+    half, few = n // 2, n // 4
+    return _conv(n, half) + _conv(half, half, 3) + _conv(n, few) + 2 * _conv(few, few, 3)
+
+
 # Known counts: resnet20 0.27 M and resnet56 0.85 M in table 6 of He et al. (2016); VGG-16 for CIFAR 14.73 M.
 PARAMETERS = {
     "digits_cnn": 94_186,
+    "highway_mlp": 65 * 50 + 8 * 2 * 51 * 50 + 51 * 10,
+    "text_cnn": EMBEDDING + 2 * 32 * (64 * 3 + 1) + 32 * (64 * 5 + 1) + 97 * 10,
+    "bilstm_crf": EMBEDDING + 2 * 4 * 64 * (64 + 64 + 2) + 129 * 10 + 10 * 12,
+    "inception_cifar": _conv(3, 32, 3)
+    + _block(32, 64)
+    + _reduction(64)
+    + _block(112, 128)
+    + _reduction(128)
+    + _block(224, 256)
+    + 257 * 10,
     "resnet20_cifar": 269_722,
     "resnet32_cifar": 464_154,
     "resnet44_cifar": 658_586,
@@ -18,11 +46,13 @@ PARAMETERS = {
 
 
 def build(name: str, num_classes: int = 10) -> nn.Module:
-    return getattr(models, name)(num_classes=num_classes)
+    return getattr(models, name)(num_classes)
 
 
 def inputs(name: str, batch: int) -> torch.Tensor:
-    return torch.randn(batch, 1, 8, 8) if name == "digits_cnn" else torch.randn(batch, 3, 32, 32)
+    if name in ("text_cnn", "bilstm_crf"):
+        return torch.randint(0, 1000, (batch, 9))
+    return torch.randn(batch, 1, 8, 8) if name in ("digits_cnn", "highway_mlp") else torch.randn(batch, 3, 32, 32)
 
 
 def test_every_model_is_listed() -> None:
@@ -38,9 +68,11 @@ def test_number_of_parameters(name: str) -> None:
 def test_output_and_gradients(name: str) -> None:
     model = build(name, num_classes=7)
     logits = model(inputs(name, 3))
-    assert logits.shape == (3, 7)
+    assert logits.shape == ((3, 9, 7) if name == "bilstm_crf" else (3, 7))
     assert logits.isfinite().all()
     logits.square().sum().backward()
+    if name == "bilstm_crf":  # whose CRF is in its loss
+        model.loss(logits.detach(), torch.zeros(3, 9, dtype=torch.long)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
