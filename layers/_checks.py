@@ -17,20 +17,18 @@ def fail(layer: Layer, what: str) -> ValueError:
 def check_shape(layer: Layer, argument: str, x: Tensor, shape: tuple[Any, ...]) -> None:
     """Raise unless `x` has this shape and no axis of length 0.
 
-    `shape` holds lengths and, for axes of any length, names; "..." in front stands for any number of axes. Says nothing
-    about the stand-ins that `torch.fx` traces with.
+    `shape` holds lengths and, for axes of any length, names; "..." in front or at the end stands for any number of
+    axes. Says nothing about the stand-ins that `torch.fx` traces with.
     """
     if is_symbolic(x):
         return
     if not isinstance(x, Tensor):
         raise fail(layer, f"{argument} must be a tensor, but is a {type(x).__name__}")
-    any_rank = shape[:1] == ("...",)
-    wanted = shape[1:] if any_rank else shape
-    given = x.shape[x.dim() - len(wanted) :] if x.dim() >= len(wanted) else None
-    fits = given is not None and (any_rank or x.dim() == len(wanted))
-    if fits and given is not None:
-        fits = all(isinstance(n, str) or n == length for n, length in zip(wanted, given, strict=True))
-    if not fits or x.numel() == 0:
+    wanted = tuple(n for n in shape if n != "...")
+    further = x.dim() - len(wanted)
+    given = x.shape[further:] if shape[:1] == ("...",) else x.shape[: len(wanted)]
+    fits = further == 0 or (further > 0 and "..." in shape)
+    if not (fits and all(isinstance(n, str) or n == m for n, m in zip(wanted, given, strict=True))) or x.numel() == 0:
         expected = ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "")
         raise fail(layer, f"{argument} must have shape ({expected}), no axis empty, but has shape {tuple(x.shape)}")
 
@@ -84,4 +82,5 @@ def readable(tensor: Tensor) -> bool:
     """Whether the values of `tensor` can be looked at: not while a graph is made of it, nor where it has none."""
     if torch.compiler.is_compiling() or is_symbolic(tensor):
         return False
-    return not (tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor))
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # torch.vmap and the like
+    return not (wrapped or tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor))

@@ -86,7 +86,7 @@ class MultiClassLoss(nn.CrossEntropyLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        check_shape(self, "input", input, ("batch", "num_classes", *("*",) * (input.dim() - 2)))
+        check_shape(self, "input", input, ("batch", "num_classes", "..."))
         check_shape(self, "target", target, (input.shape[0], *input.shape[2:]))
         if readable(target):
             counted = target[target != self.ignore_index]

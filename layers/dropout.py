@@ -38,7 +38,7 @@ class Dropout(nn.Module):
         if self.per == "element":
             check_shape(self, "x", x, ("...",))
         elif self.per == "channel":
-            check_shape(self, "x", x, ("batch", "channels", *("*",) * max(1, x.dim() - 2)))
+            check_shape(self, "x", x, ("batch", "channels", "*", "..."))
         else:
             check_shape(self, "x", x, ("batch", "time", "features"))
         if not self.training:

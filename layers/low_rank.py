@@ -118,7 +118,7 @@ class Tucker2Conv(nn.Module):
         `options` are stride, padding and dilation.
         """
         name = cls.__name__
-        check_shape(name, "core", core, ("a", "b", *("k",) * max(1, core.dim() - 2)))
+        check_shape(name, "core", core, ("a", "b", "k", "..."))
         inner_out, inner_in = core.shape[0], core.shape[1] * groups
         if reduce is not None:
             check_shape(name, "reduce", reduce, (inner_in, "in_channels / groups"))

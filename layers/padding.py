@@ -7,7 +7,7 @@ all steps count. What stands in the filling never influences a result.
 import torch
 from torch import Tensor
 
-from layers._checks import check_positive, check_shape
+from layers._checks import check_shape
 
 
 def padding_mask(lengths: Tensor, num_steps: int) -> Tensor:
@@ -18,5 +18,4 @@ def padding_mask(lengths: Tensor, num_steps: int) -> Tensor:
             [ True,  True,  True]])
     """
     check_shape("padding_mask", "lengths", lengths, ("batch",))
-    check_positive("padding_mask", num_steps=num_steps)
     return torch.arange(num_steps, device=lengths.device) < lengths[:, None]

@@ -134,9 +134,9 @@ class GlobalPool(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        check_shape(self, "x", x, ("batch", "channels", *("*",) * max(1, x.dim() - 2)))
-        axes = tuple(range(2, x.dim()))
-        return x.mean(axes) if self.kind == "average" else x.amax(axes)
+        check_shape(self, "x", x, ("batch", "channels", "*", "..."))
+        x = x.flatten(2)
+        return x.mean(2) if self.kind == "average" else x.amax(2)
 
     def extra_repr(self) -> str:
         return repr(self.kind)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import layers
 from layers import ConvBNAct, fold_batch_norm
+from tests.layers.models.test_models import inputs as model_inputs
 
 NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)
 
@@ -53,8 +54,7 @@ def image(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("name", layers.models.__all__)
 def test_models_of_layers(name: str) -> None:
-    x = image(2, 1, 8, 8) if name == "digits_cnn" else image(2, 3, 32, 32)
-    check(getattr(layers.models, name)(), x, left=0)
+    check(getattr(layers.models, name)(), model_inputs(name, 2, torch.float64), left=0)
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,11 @@ def build(name: str, num_classes: int = 10) -> nn.Module:
     return getattr(models, name)(num_classes)
 
 
-def inputs(name: str, batch: int) -> torch.Tensor:
+def inputs(name: str, batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     if name in ("text_cnn", "bilstm_crf"):
         return torch.randint(0, 1000, (batch, 9))
-    return torch.randn(batch, 1, 8, 8) if name in ("digits_cnn", "highway_mlp") else torch.randn(batch, 3, 32, 32)
+    shape = (1, 8, 8) if name in ("digits_cnn", "highway_mlp") else (3, 32, 32)
+    return torch.randn(batch, *shape, dtype=dtype)
 
 
 def test_every_model_is_listed() -> None:
