@@ -3,6 +3,8 @@
 Legend: n batch, c channels, t time. Of `torch.nn` where it has the layer.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,18 +14,20 @@ from layers.padding import padding_mask
 _AXES = ("depth", "height", "width")
 
 
-def _check_window(layer: nn.Module, x: Tensor, num_axes: int, kernel_size: object) -> None:
+def _check_window(layer: nn.Module, x: Tensor, num_axes: int) -> None:
     names = ("time",) if num_axes == 1 else _AXES[-num_axes:]
     check_shape(layer, "input", x, ("batch", "channels", *names))
-    window = kernel_size if isinstance(kernel_size, tuple | list) else (kernel_size,) * num_axes
-    padding, dilation = getattr(layer, "padding", 0), getattr(layer, "dilation", 1)
-    paddings = padding if isinstance(padding, tuple | list) else (padding,) * num_axes
-    dilations = dilation if isinstance(dilation, tuple | list) else (dilation,) * num_axes
     if is_symbolic(x):
         return
-    sizes = zip(x.shape[2:], window, paddings, dilations, strict=False)
+    window = _each_axis(layer.kernel_size, num_axes)
+    padding, dilation = (_each_axis(getattr(layer, n, v), num_axes) for n, v in (("padding", 0), ("dilation", 1)))
+    sizes = zip(x.shape[2:], window, padding, dilation, strict=True)
     if any(n + 2 * p < d * (k - 1) + 1 for n, k, p, d in sizes):
         raise fail(layer, f"input must be at least as large as the window {window}, but has shape {tuple(x.shape)}")
+
+
+def _each_axis(value: Any, num_axes: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * num_axes
 
 
 class MaxPool1d(nn.MaxPool1d):
@@ -39,7 +43,7 @@ class MaxPool1d(nn.MaxPool1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_window(self, input, 1, self.kernel_size)
+        _check_window(self, input, 1)
         return super().forward(input)
 
 
@@ -53,7 +57,7 @@ class MaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_window(self, input, 2, self.kernel_size)
+        _check_window(self, input, 2)
         return super().forward(input)
 
 
@@ -68,7 +72,7 @@ class MaxPool3d(nn.MaxPool3d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_window(self, input, 3, self.kernel_size)
+        _check_window(self, input, 3)
         return super().forward(input)
 
 
@@ -85,7 +89,7 @@ class AvgPool1d(nn.AvgPool1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_window(self, input, 1, self.kernel_size)
+        _check_window(self, input, 1)
         return super().forward(input)
 
 
@@ -99,7 +103,7 @@ class AvgPool2d(nn.AvgPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_window(self, input, 2, self.kernel_size)
+        _check_window(self, input, 2)
         return super().forward(input)
 
 
@@ -113,7 +117,7 @@ class AvgPool3d(nn.AvgPool3d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_window(self, input, 3, self.kernel_size)
+        _check_window(self, input, 3)
         return super().forward(input)
 
 
@@ -176,8 +180,8 @@ class KMaxOverTime(nn.Module):
     channels, k).
 
     `forward(x, lengths=None)`; steps beyond a length do not count. A sequence of fewer than k steps gives all its
-    values, then zeros. Source: Kalchbrenner, Grefenstette, Blunsom: A Convolutional Neural Network for Modelling
-    Sentences (2014), section 3.2.
+    values, then zeros; of equal values the first count. Source: Kalchbrenner, Grefenstette, Blunsom: A Convolutional
+    Neural Network for Modelling Sentences (2014), section 3.2.
 
     Raises ValueError for k < 1, another rank, and lengths that are not from 1 to time.
 
@@ -202,8 +206,10 @@ def k_max(x: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
     """`KMaxOverTime` as a function: (batch, channels, time) -> (batch, channels, k)."""
     mask = _time_mask("k_max", x, lengths)
     ranked = x if mask is None else x.masked_fill(~mask, float("-inf"))
-    # Steps beyond a length come last in time, so that sorting the positions keeps them behind the values that count.
-    positions = ranked.topk(min(k, x.shape[2]), dim=2).indices.sort(dim=2).values
+    # Stable: of equal values (zeros, behind a ReLU) the first are taken, however long the filling is. Steps beyond a
+    # length come last in time, so that sorting the positions keeps them behind the values that count.
+    order = ranked.sort(dim=2, descending=True, stable=True).indices
+    positions = order[:, :, : min(k, x.shape[2])].sort(dim=2).values
     largest = x.gather(2, positions)
     if lengths is not None:
         largest = largest.masked_fill(positions >= lengths.to(x.device)[:, None, None], 0)

@@ -30,6 +30,13 @@ def test_k_max_keeps_the_order(k: int, padded: bool) -> None:
     assert torch.equal(found, k_max(x, k, LENGTHS if padded else None))
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_of_equal_values_the_first_are_taken(k: int) -> None:
+    x = torch.randn(3, 40, 9, dtype=torch.float64).relu().round()
+    found = layers.KMaxOverTime(k)(x, LENGTHS)
+    np.testing.assert_array_equal(found.numpy(), k_max_by_hand(x.numpy(), k, LENGTHS.tolist()))
+
+
 def test_gradient_of_k_max_goes_to_the_largest() -> None:
     x = torch.tensor([[[1.0, 5.0, 2.0, 7.0, 9.0]]], requires_grad=True)
     (layers.KMaxOverTime(2)(x, torch.tensor([4])) * torch.tensor([2.0, 3.0])).sum().backward()
