@@ -70,6 +70,17 @@ def test_strides_of_the_input_do_not_matter(name: str) -> None:
         torch.testing.assert_close(call(example, block, strided), call(example, block, x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "AvgPool3d"])  # PyTorch has none on CPUs
+def test_half_precision_is_near(name: str) -> None:
+    example = EXAMPLES[name]
+    block = double(example.make).eval()
+    expected = call(example, block, example.input())
+    found = call(example, block.bfloat16(), example.input().bfloat16())
+    assert found.dtype is torch.bfloat16
+    scale = float(expected.detach().abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.05 * scale)
+
+
 CHECKED = [name for name, example in EXAMPLES.items() if example.checked]
 
 

@@ -87,6 +87,22 @@ def test_tagger_learns_with_fit() -> None:
     assert float((found == tags)[tags != -100].float().mean()) > 0.9
 
 
+def test_a_batch_of_batches() -> None:
+    """torch.vmap: values that cannot be looked at are not."""
+    model, x = MODELS["text_cnn with k-max"]().eval(), torch.stack([tokens(), tokens()])
+    found = torch.vmap(model)(x, torch.stack([LENGTHS, LENGTHS.flip(0)]))
+    torch.testing.assert_close(found[1], model(x[1], LENGTHS.flip(0)))
+
+
+@pytest.mark.slow
+def test_exports_with_any_batch_and_length() -> None:
+    model, x = MODELS["text_cnn with k-max"]().eval(), torch.randint(0, 13, (3, 20))
+    sizes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("time", min=12)}
+    program = torch.export.export(model, (x, LENGTHS), dynamic_shapes=(sizes, {0: sizes[0]}))
+    y, lengths = torch.randint(0, 13, (5, 30)), torch.tensor([30, 1, 4, 7, 2])
+    torch.testing.assert_close(program.module()(y, lengths), model(y, lengths))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
