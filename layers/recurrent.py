@@ -3,7 +3,8 @@
 A backward direction reads each sequence from its own last step, wherever the filling begins; outputs in the filling are
 zero. Each layer and direction is one call of PyTorch's fused kernel on the padded batch. Beside packing the batch with
 `torch.nn.utils.rnn`, on one core and with two fifths of the batch filling, a training step takes about half the time;
-forward alone an LSTM takes as long, a GRU a third longer, as the filling is computed too (benchmarks/bench_recurrent.py).
+forward alone an LSTM takes as long and a GRU a third longer, as the filling is computed too
+(benchmarks/bench_recurrent.py).
 """
 
 import warnings
