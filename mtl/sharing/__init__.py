@@ -1,5 +1,7 @@
-"""How tasks share a model: today one trunk with a head per task (hard sharing)."""
+"""How tasks share a model: one trunk with a head per task (hard), or a model per task, coupled (soft)."""
 
+from mtl.sharing.couplings import Coupling, L2Coupling, TraceNorm
 from mtl.sharing.hard import HardShared
+from mtl.sharing.soft import SoftShared
 
-__all__ = ["HardShared"]
+__all__ = ["Coupling", "HardShared", "L2Coupling", "SoftShared", "TraceNorm"]
