@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from mtl.sharing.collapse import Collapsed, factorise
 from mtl.sharing.couplings import Coupling, Stacked
 from mtl.sharing.couplings.nuclear import singular_values
 from mtl.sharing.matching import Matching, Tensors, match
-from mtl.sharing.slots import Slots
+from mtl.sharing.slots import Slots, by_task_calls, forget_counters, task_index
 from mtl.sharing.stacks import Stacks
-from mtl.sharing.together import Call, Together
+from mtl.sharing.together import Together
 from mtl.task import Task, check_tasks
-
-if TYPE_CHECKING:
-    from mtl.sharing.collapse import Collapsed
 
 Init = Literal["same", "different"]
 Run = Literal["auto", "loop", "stacked"]
@@ -87,9 +84,11 @@ class SoftShared(nn.Module):
             {name: _stacked([each.buffers[name] for each in own], init).data for name in self.matched.buffers},
             own[0].transient,
         )
+        self.transient = own[0].transient
         for model in models.values():
             self.slots.fill(model, dict.fromkeys(self.slots.aliases))
         self.models = nn.ModuleDict(models)
+        self.register_load_state_dict_post_hook(forget_counters)
         self.num_steps: Tensor
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self._stacked: Together | None = None
@@ -109,17 +108,13 @@ class SoftShared(nn.Module):
                 if outputs is not None:
                     return outputs
         parameters = {name: stack.unbind() for name, stack in self.stacks.named_parameters()}
-        buffers = dict(self.stacks.named_buffers())
         outputs = {}
         for task, (positional, named) in calls.items():
             index = self.tasks.index(task)
+            views = {name: slices[index] for name, slices in parameters.items()}
             # .data: slices count their versions together, and autograd would take one task's update for another's
-            own = {name: stack[index].data for name, stack in buffers.items()}
-            tensors = {**{name: slices[index] for name, slices in parameters.items()}, **own}
-            outputs[task] = self.slots.call(self.models[task], tensors, positional, named)
-            for name, buffer in own.items():
-                if tensors[name] is not buffer:  # replaced by the model, not changed in place
-                    buffer.copy_(tensors[name])
+            views |= {name: stack[index].data for name, stack in self.stacks.named_buffers()}
+            outputs[task] = self.slots.call(self.models[task], views, positional, named)
         return outputs
 
     def penalty(self) -> Tensor:
@@ -147,17 +142,9 @@ class SoftShared(nn.Module):
         Raises:
             ValueError: for an unknown task.
         """
-        if name not in self.tasks:
-            raise ValueError(f"there is no task {name!r}; there are {', '.join(self.tasks)}")
-        index = self.tasks.index(name)
-        values: dict[str, Tensor] = {
-            name: nn.Parameter(stack[index].detach().clone(), stack.requires_grad)
-            for name, stack in self.stacks.named_parameters()
-        }
-        values |= {name: stack[index].clone() for name, stack in self.stacks.named_buffers()}
-        model = copy.deepcopy(self.models[name])
-        self.slots.fill(model, values)
-        return model
+        index = task_index(self.tasks, name)
+        values = {name: stack[index] for name, stack in (*self.stacks.named_parameters(), *self.stacks.named_buffers())}
+        return self.slots.filled_copy(self.models[name], values)
 
     def collapse(self, energy: float = 1.0) -> Collapsed:
         """A smaller model for the same tasks: of each stack of low rank, a basis that tasks share and mix.
@@ -169,8 +156,6 @@ class SoftShared(nn.Module):
         Raises:
             ValueError: for an energy out of range.
         """
-        from mtl.sharing.collapse import Collapsed, factorise
-
         if not 0 < energy <= 1:
             raise ValueError(f"energy is {energy!r}, but it must be in (0, 1]")
         factors = {name: factorise(stack.detach(), energy) for name, stack in self.stacks.named_parameters()}
@@ -200,21 +185,6 @@ class SoftShared(nn.Module):
         self.run, self._stacked = "loop", None
 
 
-def by_task_calls(tasks: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Call]:
-    """Arguments of each task's model: the same for all, or taken from one dict by task name.
-
-    Raises:
-        ValueError: for a dict with some task names and other keys.
-    """
-    by_task = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], dict) else None if args else kwargs
-    if not by_task or not set(by_task) & set(tasks):
-        return dict.fromkeys(tasks, (args, kwargs))
-    unknown = sorted(map(str, set(by_task) - set(tasks)))
-    if unknown:
-        raise ValueError(f"inputs by task: there is no task {unknown[0]!r}; there are {', '.join(tasks)}")
-    return {task: _arguments(by_task[task]) for task in tasks if task in by_task}
-
-
 def _check_models(models: Mapping[str, nn.Module]) -> None:
     seen: dict[int, str] = {}
     for task, model in models.items():
@@ -234,9 +204,3 @@ def _stacked(tensors: Iterable[Tensor], init: Init) -> nn.Parameter:
     tensors = list(tensors)
     values = [tensors[0]] * len(tensors) if init == "same" else tensors
     return nn.Parameter(torch.stack([value.detach() for value in values]), tensors[0].requires_grad)
-
-
-def _arguments(inputs: Any) -> Call:
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return ((), dict(inputs)) if isinstance(inputs, dict) else ((inputs,), {})

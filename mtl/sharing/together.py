@@ -14,9 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mtl.batch import mode
 from mtl.sharing.matching import Matching
-from mtl.sharing.slots import Slots
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from mtl.sharing.slots import Call, Slots
 
 
 class Together:
@@ -133,8 +131,8 @@ _Inputs = tuple[list[Any], tuple[int | None, ...], Any]
 def _stacked(calls: Sequence[Call]) -> _Inputs | None:
     """Leaves of the arguments, the axis of tasks in each (None: the same for all), and how they hang together."""
     if all(call is calls[0] for call in calls):
-        leaves, structure = tree_flatten(calls[0])
-        return leaves, (None,) * len(leaves), structure
+        shared, structure = tree_flatten(calls[0])
+        return shared, (None,) * len(shared), structure
     trees = [tree_flatten(call) for call in calls]
     structure = trees[0][1]
     if any(other != structure for _, other in trees):
