@@ -47,7 +47,7 @@ def factorise(stack: Tensor, energy: float) -> Factors:
     num_tasks, size = len(stack), stack[0].numel()
     if num_tasks == 1 or not stack.is_floating_point():
         return Factors(stack.clone())
-    matrix = stack.flatten(1).double()
+    matrix = stack.reshape(num_tasks, -1).double()
     rounding = (max(_EPSILONS * torch.finfo(stack.dtype).eps, _DECOMPOSITION) * matrix.norm()) ** 2
     mean = matrix.mean(dim=0, keepdim=True)
     differences = (matrix - mean).square().sum()

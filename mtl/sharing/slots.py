@@ -24,6 +24,7 @@ class Slots:
 
     def __init__(self, aliases: Mapping[str, Sequence[str]]) -> None:
         self.aliases = aliases
+        self._places = {name: [_place(alias) for alias in names] for name, names in aliases.items()}
 
     def call(
         self, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -32,33 +33,40 @@ class Slots:
         self.fill(model, tensors)
         try:
             output = model(*args, **kwargs)
-            for name, tensor in tensors.items():
-                owner, attribute = _owner(model, self.aliases[name][0])
-                if (replaced := owner._buffers.get(attribute, tensor)) is not tensor and replaced is not None:
-                    tensor.copy_(replaced)
+            self._copy_replaced(model, tensors)
         finally:
             self.fill(model, dict.fromkeys(tensors))
         return output
 
     def fill(self, model: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
         """Put tensors, or nothing, into the slots of a model."""
+        owners = dict(model.named_modules(remove_duplicate=False))
         for name, tensor in tensors.items():
-            for alias in self.aliases[name]:
-                owner, attribute = _owner(model, alias)
+            for path, attribute in self._places[name]:
+                owner = owners[path]
                 place: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
                 place[attribute] = tensor
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()
+        for owner in owners.values():
+            if isinstance(owner, nn.RNNBase):
+                owner._init_flat_weights()
+
+    def _copy_replaced(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        owners = dict(model.named_modules(remove_duplicate=False))
+        for name, tensor in tensors.items():
+            path, attribute = self._places[name][0]
+            replaced = owners[path]._buffers.get(attribute, tensor)
+            if replaced is not tensor and replaced is not None:
+                tensor.copy_(replaced)
 
     def filled_copy(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A model of its own, with copies of these tensors as parameters and buffers."""
         model = copy.deepcopy(model)
         copies = {}
         for name, tensor in tensors.items():
-            owner, attribute = _owner(model, self.aliases[name][0])
+            path, attribute = self._places[name][0]
             own = tensor.detach().clone()
-            copies[name] = nn.Parameter(own, tensor.requires_grad) if attribute in owner._parameters else own
+            is_parameter = attribute in model.get_submodule(path)._parameters
+            copies[name] = nn.Parameter(own, tensor.requires_grad) if is_parameter else own
         self.fill(model, copies)
         return model
 
@@ -85,9 +93,9 @@ def forget_counters(module: nn.Module, keys: Any) -> None:
     ]
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _place(name: str) -> tuple[str, str]:
     path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
+    return path, attribute
 
 
 def by_task_calls(tasks: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Call]:

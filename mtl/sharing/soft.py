@@ -134,7 +134,9 @@ class SoftShared(nn.Module):
     def spectra(self) -> dict[str, Tensor]:
         """Singular values of each stack as a matrix (tasks x all others), falling: (at most number of tasks,)."""
         stacks = dict(self.stacks.named_parameters())
-        return dict(zip(stacks, singular_values([stack.flatten(1) for stack in stacks.values()]), strict=True))
+        return dict(
+            zip(stacks, singular_values([stack.reshape(len(stack), -1) for stack in stacks.values()]), strict=True)
+        )
 
     def task(self, name: str) -> nn.Module:
         """A copy of one task's model, as ``build`` made it, with the present values.
