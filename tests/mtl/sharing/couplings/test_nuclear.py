@@ -36,9 +36,8 @@ def test_value_and_gradient_of_full_rank_are_those_of_svd(shape: tuple[int, int]
 
 def test_gradient_agrees_with_finite_differences_for_several_matrices_at_once() -> None:
     weight = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda w: nuclear_norms([w, w[:2], w.T * 3]) @ w.new_tensor([1.0, -2.0, 0.5]), weight
-    )
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda w: nuclear_norms([w, w[:2], w.T * 3]) @ factors, weight)
 
 
 def test_gradient_has_the_rank_of_the_matrix_and_is_zero_at_zero() -> None:
