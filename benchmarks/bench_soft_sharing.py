@@ -118,23 +118,29 @@ def _penalty(config: Any) -> Result:
         total = torch.stack(values).sum()
         return (total.detach(), *torch.autograd.grad(total, stacks))
 
-    exact = [torch.linalg.svd(stack.detach().flatten(1).double(), full_matrices=False) for stack in stacks]
-    truth = [(left @ right).flatten() for left, _, right in exact]
+    truth = [_gradient(stack.detach().flatten(1).double()).flatten() for stack in stacks]
     (value, *gradients), (value_of_svd, *_) = gram(), svd()
-    errors = [
-        (found.double().flatten() - true).norm() / true.norm() for found, true in zip(gradients, truth, strict=True)
-    ]
+    errors = []
+    for found, true in zip(gradients, truth, strict=True):
+        errors.append(float((found.double().flatten() - true).norm() / true.norm().clamp(min=1)))
     seconds = _seconds({"svd": svd, "gram": gram}, config.pairs, device)
     speedup = 1 / _ratio(seconds["gram"], seconds["svd"])
     result = {
         "seconds": {name: median(runs) for name, runs in seconds.items()},
         "speedup": speedup,
         "relative_error_of_value": abs(float(value / value_of_svd) - 1),
-        "largest_relative_error_of_gradient": float(max(errors)),
+        "largest_relative_error_of_gradient": max(errors),
         "claim": "at least 5, errors below 1e-4",
     }
     met = speedup >= 5 and max(result["relative_error_of_value"], result["largest_relative_error_of_gradient"]) < 1e-4
     return {**result, "met": met}
+
+
+def _gradient(matrix: Tensor) -> Tensor:
+    """Of the nuclear norm, in float64; fresh batch norms are alike in all tasks, so that most singular values are 0."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    kept = values > 1e-6 * values[0]
+    return left[:, kept] @ right[kept]
 
 
 def _collapse(config: Any) -> Result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,33 +30,32 @@ class Slots:
         self, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The model with these tensors; what it puts in place of a buffer is copied into the one that was given."""
-        self.fill(model, tensors)
+        slots = self._slots(model, tensors)
+        _put(model, slots, tensors)
         try:
             output = model(*args, **kwargs)
-            self._copy_replaced(model, tensors)
+            for name, place, attribute in slots:
+                replaced = place[attribute]
+                if replaced is not tensors[name] and replaced is not None:
+                    tensors[name].copy_(replaced)
         finally:
-            self.fill(model, dict.fromkeys(tensors))
+            _put(model, slots, dict.fromkeys(tensors))
         return output
 
     def fill(self, model: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
         """Put tensors, or nothing, into the slots of a model."""
+        _put(model, self._slots(model, tensors), tensors)
+
+    def _slots(self, model: nn.Module, names: Iterable[str]) -> list[tuple[str, dict[str, Any], str]]:
+        """Name of each tensor, and where it belongs: a module's dictionary and the key in it."""
         owners = dict(model.named_modules(remove_duplicate=False))
-        for name, tensor in tensors.items():
+        found = []
+        for name in names:
             for path, attribute in self._places[name]:
                 owner = owners[path]
                 place: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
-                place[attribute] = tensor
-        for owner in owners.values():
-            if isinstance(owner, nn.RNNBase):
-                owner._init_flat_weights()
-
-    def _copy_replaced(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        owners = dict(model.named_modules(remove_duplicate=False))
-        for name, tensor in tensors.items():
-            path, attribute = self._places[name][0]
-            replaced = owners[path]._buffers.get(attribute, tensor)
-            if replaced is not tensor and replaced is not None:
-                tensor.copy_(replaced)
+                found.append((name, place, attribute))
+        return found
 
     def filled_copy(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A model of its own, with copies of these tensors as parameters and buffers."""
@@ -91,6 +90,16 @@ def forget_counters(module: nn.Module, keys: Any) -> None:
     keys.unexpected_keys[:] = [
         key for key in keys.unexpected_keys if not ("models." in key and key.endswith(".num_batches_tracked"))
     ]
+
+
+def _put(
+    model: nn.Module, slots: Iterable[tuple[str, dict[str, Any], str]], tensors: Mapping[str, Tensor | None]
+) -> None:
+    for name, place, attribute in slots:
+        place[attribute] = tensors[name]
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -108,12 +108,13 @@ class SoftShared(nn.Module):
                 if outputs is not None:
                     return outputs
         parameters = {name: stack.unbind() for name, stack in self.stacks.named_parameters()}
+        # .data: slices count their versions together, and autograd would take one task's update for another's
+        buffers = {name: [each.data for each in stack.unbind()] for name, stack in self.stacks.named_buffers()}
+        slices = {**parameters, **buffers}
         outputs = {}
         for task, (positional, named) in calls.items():
             index = self.tasks.index(task)
-            views = {name: slices[index] for name, slices in parameters.items()}
-            # .data: slices count their versions together, and autograd would take one task's update for another's
-            views |= {name: stack[index].data for name, stack in self.stacks.named_buffers()}
+            views = {name: own[index] for name, own in slices.items()}
             outputs[task] = self.slots.call(self.models[task], views, positional, named)
         return outputs
 
