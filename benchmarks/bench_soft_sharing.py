@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--tasks", type=int, default=10, help="models of step and penalty")
     flags.add_argument("--batch", type=int, default=16, help="images per task of step")
     flags.add_argument("--pairs", type=int, default=30, help="runs of each contestant, in turn")
-    flags.add_argument("--epochs", type=int, default=12, help="of collapse")
-    flags.add_argument("--strength", type=float, default=0.2, help="of collapse")
-    flags.add_argument("--energy", type=float, default=1.0, help="of collapse")
+    flags.add_argument("--epochs", type=int, default=8, help="of collapse")
+    flags.add_argument("--strength", type=float, default=1.5, help="of collapse")
+    flags.add_argument("--energy", type=float, default=0.99, help="of collapse")
     flags.add_argument("--seeds", type=int, default=3, help="of collapse")
     flags.add_argument("--threads", type=int, default=1)
     config = flags.parse_args(arguments)
@@ -144,7 +144,7 @@ def _gradient(matrix: Tensor) -> Tensor:
 
 
 def _collapse(config: Any) -> Result:
-    """Parameters, MACs and accuracy of digits networks before and after collapsing, over seeds."""
+    """Parameters and accuracy of digits networks before and after collapsing, over seeds."""
     runs = [_collapsed(config, seed) for seed in range(config.seeds)]
 
     def summary(name: str) -> dict[str, float]:
