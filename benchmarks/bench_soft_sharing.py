@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(__file__, "training step, trace norm and collapse of SoftShared")
     flags.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     flags.add_argument("--device", default="cpu", help="of step and penalty")
+    flags.add_argument("--run", default="auto", help="of step: auto, loop or stacked, which is auto's choice on CUDA")
     flags.add_argument("--tasks", type=int, default=10, help="models of step and penalty")
     flags.add_argument("--batch", type=int, default=16, help="images per task of step")
     flags.add_argument("--pairs", type=int, default=30, help="runs of each contestant, in turn")
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _step(config: Any) -> Result:
     """Seconds of a training step by those of a loop over models that are trained each by itself."""
     device = torch.device(config.device)
-    model = _resnets(config.tasks).to(device)
+    model = _resnets(config.tasks, config.run).to(device)
     alone = [model.task(task).to(device) for task in model.tasks]
     inputs = {task: torch.randn(config.batch, 3, 32, 32, device=device) for task in model.tasks}
     targets = {task: torch.randint(10, (config.batch,), device=device) for task in model.tasks}
@@ -199,10 +200,10 @@ def _collapsed(config: Any, seed: int) -> Result:
     }
 
 
-def _resnets(num_tasks: int) -> SoftShared:
+def _resnets(num_tasks: int, run: Any = "auto") -> SoftShared:
     torch.manual_seed(0)
     tasks = [Task(f"task{index}", loss=nn.CrossEntropyLoss()) for index in range(num_tasks)]
-    return SoftShared(lambda task: resnet20_cifar(), tasks, TraceNorm(0.01), init="different")
+    return SoftShared(lambda task: resnet20_cifar(), tasks, TraceNorm(0.01), init="different", run=run)
 
 
 def _seconds(contestants: dict[str, Callable[[], object]], pairs: int, device: torch.device) -> dict[str, list[float]]:
