@@ -15,7 +15,7 @@ from mtl.distillation import Distillation
 from mtl.evaluation import evaluate
 from mtl.history import Epoch, History
 from mtl.options import FitOptions
-from mtl.sharing import HardShared
+from mtl.sharing import HardShared, L2Coupling, SoftShared, TraceNorm
 from mtl.task import Task
 from mtl.trainer import fit
 from mtl.weighting import Weighting
@@ -26,7 +26,10 @@ __all__ = [
     "FitOptions",
     "HardShared",
     "History",
+    "L2Coupling",
+    "SoftShared",
     "Task",
+    "TraceNorm",
     "Weighting",
     "data",
     "evaluate",

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mtl.options import FitOptions
+from mtl.sharing.stacks import weight_axes
 
 
 def build_optimizer(model: nn.Module, weighting: nn.Module, options: FitOptions) -> torch.optim.Optimizer:
@@ -18,12 +19,12 @@ def build_optimizer(model: nn.Module, weighting: nn.Module, options: FitOptions)
     Raises:
         ValueError: if nothing requires a gradient.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [(parameter, axes) for parameter, axes in weight_axes(model) if parameter.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
-        {"params": [*(p for p in parameters if p.dim() <= 1), *weighting.parameters()], "weight_decay": 0.0},
+        {"params": [p for p, axes in parameters if axes > 1], "weight_decay": options.weight_decay},
+        {"params": [*(p for p, axes in parameters if axes <= 1), *weighting.parameters()], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "sgd":

@@ -26,6 +26,7 @@ from mtl.placement import Placement
 from mtl.progress import STEPS_PER_UPDATE, Report
 from mtl.schedule import lr_factor
 from mtl.seeding import preserved_rng, seed_epoch
+from mtl.sharing.soft import SoftShared
 from mtl.task import Task, check_tasks
 from mtl.weighting import Weighting, resolve
 
@@ -112,10 +113,13 @@ def fit(
                 Board(folder, first) as board,
                 Report(num_steps * epochs, num_steps * len(history), enabled=options.progress) as report,
             ):
+                if first == 1:
+                    board.spectra(model, 0)
                 for epoch in range(first, epochs + 1):
                     row = trainer.run_epoch(data, validation, epoch, report)
                     history = History((*history.epochs, row))
                     board.write(row)
+                    board.spectra(model, epoch)
                     if store is not None:
                         numbers = {"precision": placement.precision, "channels_last": placement.channels_last}
                         store.save({**numbers, "trainer": trainer.state_dict(), "history": history.to_json()})
@@ -193,12 +197,17 @@ class _Trainer:
         if self.distillation is not None:
             losses = self.distillation.mixed(losses, outputs, taught, self.tasks)
         self.optimizer.zero_grad()
-        self.scaler.scale(self.combine(losses)).backward()
+        total = self.combine(losses)
+        if isinstance(self.model, SoftShared):
+            total = total + self.model.penalty()
+        self.scaler.scale(total).backward()
         if self.options.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if isinstance(self.model, SoftShared):
+            self.model.proximal_step(lr)
         self.step += 1
         if self.average is not None:
             self.average.update(self.model)
@@ -256,6 +265,7 @@ def _signature(model: nn.Module, tasks: Sequence[Task], combine: Weighting, opti
         "options": {name: value for name, value in asdict(options).items() if name not in _NOT_IN_SIGNATURE},
         "tasks": {task.name: f"{_described(task.loss)}, {type(task.metric).__name__}" for task in tasks},
         "weighting": f"{type(combine).__name__}({combine.extra_repr()})",
+        "coupling": repr(model.coupling) if isinstance(model, SoftShared) else None,
         "model": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
     }
 

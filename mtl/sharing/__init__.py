@@ -1,5 +1,8 @@
-"""How tasks share a model: today one trunk with a head per task (hard sharing)."""
+"""How tasks share a model: one trunk with a head per task (hard), or a model per task, coupled (soft)."""
 
+from mtl.sharing.collapse import Collapsed
+from mtl.sharing.couplings import Coupling, L2Coupling, TraceNorm
 from mtl.sharing.hard import HardShared
+from mtl.sharing.soft import SoftShared
 
-__all__ = ["HardShared"]
+__all__ = ["Collapsed", "Coupling", "HardShared", "L2Coupling", "SoftShared", "TraceNorm"]
