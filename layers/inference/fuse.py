@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace as changed
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import Any
 
 from torch import Tensor, fx
@@ -35,11 +36,10 @@ class Activation:
     scalars: tuple[float, ...] = ()
     algorithm: str = ""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Any) -> Any:
         """In place: only ever used on what a layer has just computed."""
         options = {"approximate": self.algorithm} if self.algorithm else {}
-        result: Tensor = _IN_PLACE[self.name](x, *self.scalars, **options)
-        return result
+        return _IN_PLACE[self.name](x, *self.scalars, **options)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class FusedLayer:
     def __name__(self) -> str:  # what torch.fx calls a node after
         return "fused_layer"
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        y: Tensor = self.layer(x, weight, bias, *self.options)
+    def __call__(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
+        y = self.layer(x, weight, bias, *self.options)
         return self.finish(y, residual)
 
-    def finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
+    def finish(self, y: Any, residual: Any) -> Any:
         """What follows the layer, in place."""
         if residual is not None:
             y = aten.add_.Tensor(y, residual)
@@ -81,7 +81,7 @@ def fuse_layers(model: fx.GraphModule) -> list[str]:
         if node.target not in (*LINEAR, *CONVOLUTIONS, *TRANSPOSED) or value_of(model, node.args[1]) is None:
             continue
         given = arguments(node)
-        options = tuple(value for key, value in given.items() if key not in ("input", "weight", "bias"))
+        options = tuple(_hashable(value) for key, value in given.items() if key not in ("input", "weight", "bias"))
         fused, last, residual = FusedLayer(node.target, options), node, None
         addition = _addition(node, order)
         if addition is not None:
@@ -100,6 +100,10 @@ def fuse_layers(model: fx.GraphModule) -> list[str]:
         counts[str(fused)] = counts.get(str(fused), 0) + 1
     clean(model)
     return [f"fused {count} x {name}" for name, count in sorted(counts.items()) if " + " in name]
+
+
+def _hashable(option: Any) -> Any:
+    return tuple(option) if isinstance(option, list | tuple) else option
 
 
 def _addition(layer: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, fx.Node] | None:

@@ -32,6 +32,14 @@ class Kernel:
     layer: FusedLayer
     size: tuple[int, ...] = ()
 
+    def constants(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Constants | None:
+        """What to give in the place of weight and bias, or None where the kernel cannot compute the layer."""
+        raise NotImplementedError
+
+    def __call__(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
+        """Of tensors, or of proxies of them: calls are written into the graph then."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Plain(Kernel):
@@ -40,7 +48,7 @@ class Plain(Kernel):
     def constants(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Constants | None:
         return channels_last(weight), bias
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
         return self.layer(x, weight, bias, residual)
 
 
@@ -54,7 +62,7 @@ class Im2col(Kernel):
         _, _, dilation, groups = self.layer.options
         return (channels_last(weight), bias) if groups == 1 and set(_per_axis(dilation, 2)) == {1} else None
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
         stride, padding = (_per_axis(option, 2) for option in self.layer.options[:2])
         y = aten._slow_conv2d_forward.default(x, weight, list(self.size), bias, stride, padding)
         return self.layer.finish(y, residual)
@@ -72,7 +80,7 @@ class Pointwise(Kernel):
             return None
         return weight.flatten(1).contiguous(), bias
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
         y = aten.linear.default(aten.permute.default(x, [0, 2, 3, 1]), weight, bias)
         return self.layer.finish(aten.permute.default(y, [0, 3, 1, 2]), residual)
 
@@ -91,15 +99,14 @@ class Onednn(Kernel):
         shape = self._convolution()
         return mkldnn._reorder_convolution_weight.default(channels_last(weight), *shape, list(x.shape)), bias
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
         if self.layer.layer is aten.linear.default:
             name, *numbers = self._attributes() if residual is None else ("none", [], "")
             y = mkldnn._linear_pointwise.default(x, weight, bias, name, *numbers)
             return y if residual is None else self.layer.finish(y, residual)
         convolution = mkldnn._convolution_pointwise
         if residual is None:
-            y = convolution.default(x, weight, bias, *self._convolution(), *self._attributes())
-            return y
+            return convolution.default(x, weight, bias, *self._convolution(), *self._attributes())
         activation = self.layer.activation
         fused = activation is not None and activation.name == "relu"  # the only one that it takes after an addition
         last = "relu" if fused else None
@@ -118,7 +125,7 @@ class Onednn(Kernel):
         return activation.name, list(activation.scalars), activation.algorithm
 
 
-KERNELS: Sequence[type[Any]] = (Plain, Im2col, Pointwise, Onednn)
+KERNELS: Sequence[type[Kernel]] = (Plain, Im2col, Pointwise, Onednn)
 
 
 def kernels(layer: FusedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Kernel, Constants]]:

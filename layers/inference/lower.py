@@ -48,7 +48,7 @@ def choose_kernels(model: fx.GraphModule, tensors: list[Tensor]) -> list[str]:
 
 
 class _Choice(fx.Interpreter):
-    """``chosen`` is for each layer a kernel, its constants, and which of the layer's arguments to make channels-last."""
+    """``chosen`` is for each layer a kernel, its constants, and which of its arguments to make channels-last."""
 
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)

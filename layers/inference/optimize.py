@@ -229,7 +229,7 @@ def _verified(
     """The example's lengths and, where it agrees, a batch of one: torch.export derives graphs for others only."""
     found = [lengths]
     if signature.ranges and 1 not in lengths.values():
-        one = {name: 1 for name in lengths}
+        one = dict.fromkeys(lengths, 1)
         leaves, structure = flatten((call.args, call.kwargs))
         shapes = iter(signature.leaves)
         cut = [

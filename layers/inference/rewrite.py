@@ -14,6 +14,7 @@ aten = torch.ops.aten
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an ATen operator by name, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload), node.target
     normal = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
     assert normal is not None, node.target
     return dict(normal.kwargs)

@@ -21,9 +21,20 @@ _ARITHMETIC = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", op
 _ENUMS = (torch.dtype, torch.memory_format, torch.layout)
 # What TorchScript has for them, from c10/core/ScalarType.h, MemoryFormat.h and Layout.h.
 _NUMBERS: dict[Any, int] = {
-    **{torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4},
-    **{torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bool: 11, torch.bfloat16: 15},
-    **{torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.channels_last_3d: 3},
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bool: 11,
+    torch.bfloat16: 15,
+    torch.contiguous_format: 0,
+    torch.preserve_format: 1,
+    torch.channels_last: 2,
+    torch.channels_last_3d: 3,
     torch.strided: 0,
 }
 
@@ -45,7 +56,7 @@ def script(model: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
         graph = torch._C.parse_ir(text)
         for position, value in reversed(list(enumerate(writer.constants.values(), start=len(writer.inputs)))):
             given = list(graph.inputs())[position]
-            holder = graph.create("prim::Constant").t_("value", value)
+            holder = graph.create("prim::Constant", [], 1).t_("value", value)
             graph.prependNode(holder)
             given.replaceAllUsesWith(holder.output())
             graph.eraseInput(position)
@@ -77,7 +88,9 @@ class _Writer:
             self._names[node] = self._fresh()
             self.constants[f"{self._names[node]} : Tensor"] = value
         elif node.op == "output":
-            returned = [self._names[value] for value in node.args[0]]  # type: ignore[union-attr]
+            (values,) = node.args
+            assert isinstance(values, tuple)
+            returned = [self._names[value] for value in values if isinstance(value, fx.Node)]
             types = ", ".join(["Tensor"] * len(returned))
             result = self._line(f"({types})", f"prim::TupleConstruct({', '.join(returned)})")
             self.lines.append(f"  return ({result})")

@@ -51,7 +51,7 @@ class Signature:
                 continue
             shape: list[int | str] = list(leaf.shape)
             for axis, size in enumerate(next(fakes).shape):
-                symbol = size.node.expr if isinstance(size, torch.SymInt) else None
+                symbol = getattr(getattr(size, "node", None), "expr", None)  # of a torch.SymInt
                 if isinstance(symbol, sympy.Symbol):
                     limits = constraints[symbol]
                     # torch.export decides for every length as if it were neither 0 nor 1

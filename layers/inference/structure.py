@@ -34,6 +34,7 @@ class Structure:
 
 
 def flatten(value: Any) -> tuple[list[Any], Structure]:
+    """The leaves of a value, and the containers around them."""
     leaves, tree = pytree.tree_flatten(_from_dataclasses(value))
     return leaves, Structure(tree)
 
@@ -63,7 +64,7 @@ def _to_dataclasses(value: Any) -> Any:
     def convert(node: Any) -> Any:
         if not isinstance(node, _Fields):
             return node
-        made = object.__new__(node.kind)  # its __init__ has run on the original, and may take other arguments
+        made: Any = object.__new__(node.kind)  # its __init__ has run on the original, and may take other arguments
         for field, content in zip(fields(node.kind), node.values, strict=True):
             object.__setattr__(made, field.name, _to_dataclasses(content))
         return made

@@ -1,4 +1,4 @@
-"""PyTorch alone: fused operators chosen one by one, called by TorchScript's interpreter, or recorded as a CUDA graph."""
+"""PyTorch alone: fused operators chosen one by one, run by TorchScript, or recorded as a CUDA graph."""
 
 from __future__ import annotations
 
