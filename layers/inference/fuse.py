@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from layers.inference.capture import value_of
 from layers.inference.norms import CONVOLUTIONS, LINEAR, TRANSPOSED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn, Self
 
 import torch
@@ -13,6 +14,9 @@ from layers.inference.capture import Call, Capture
 from layers.inference.report import Report
 from layers.inference.runner import Program
 from layers.inference.structure import Structure, flatten
+
+
+_MOST_KNOWN = 100  # shapes whose program is remembered
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Fast:
     programs: tuple[Program, ...]
     example: dict[str, int]
     contiguous: tuple[bool, ...]
+
+    @cached_property
+    def positional(self) -> int:
+        """How many tensors a call takes by position, or -1 where it takes anything else."""
+        return self.capture.signature.structure.positional
 
     def find(self, leaves: Sequence[Any]) -> Program | None:
         signature = self.capture.signature
@@ -54,23 +63,28 @@ class OptimizedModule(nn.Module):
         self.training = False
         self.report = report
         # not submodules: parameters that can be changed would suggest that the programs follow
-        self.__dict__["_model"], self.__dict__["_fast"] = model, fast
+        self.__dict__.update(_model=model, _fast=fast, _known={})
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fast: Fast | None = self.__dict__["_fast"]
-        model: nn.Module = self.__dict__["_model"]
+        fast, model, known = self.__dict__["_fast"], self.__dict__["_model"], self.__dict__["_known"]
         if fast is None:
             return model(*args, **kwargs)
-        leaves = self._leaves(fast.capture.signature.structure, args, kwargs)
-        program = None if leaves is None else fast.find(leaves)
-        if leaves is None or program is None:
+        plain = not kwargs and len(args) == fast.positional and all(isinstance(given, Tensor) for given in args)
+        leaves = args if plain else self._leaves(fast.capture.signature.structure, args, kwargs)
+        if leaves is None:
             return model(*args, **kwargs)
-        return fast.capture.result(fast.call(program, [leaf for leaf in leaves if isinstance(leaf, Tensor)]))
+        # Looking up a call again takes 3 us, deciding anew ten times that: as long as many a layer.
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = tuple([(x.shape, x.dtype, x.device, x.layout) for x in tensors]) if plain else None
+        program = known.get(key) or fast.find(leaves)
+        if program is None:
+            return model(*args, **kwargs)
+        if key is not None and len(known) < _MOST_KNOWN:
+            known[key] = program
+        return fast.capture.result(fast.call(program, tensors))
 
     def _leaves(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any] | None:
-        if not kwargs and structure.positional == len(args) and all(isinstance(given, Tensor) for given in args):
-            return args
         call = Call.of(self.__dict__["_model"], *args, **kwargs)
         leaves, found = flatten((call.args, call.kwargs))
         return leaves if found == structure else None

@@ -30,7 +30,13 @@ class Structure:
         )
 
     def rebuild(self, leaves: Sequence[Any]) -> Any:
+        if self._one_leaf:
+            return leaves[0]
         return _to_dataclasses(pytree.tree_unflatten(leaves, self.tree))
+
+    @cached_property
+    def _one_leaf(self) -> bool:
+        return self.tree.is_leaf()
 
 
 def flatten(value: Any) -> tuple[list[Any], Structure]:
