@@ -15,7 +15,6 @@ from layers.inference.report import Report
 from layers.inference.runner import Program
 from layers.inference.structure import Structure, flatten
 
-
 _MOST_KNOWN = 100  # shapes whose program is remembered
 
 
@@ -65,8 +64,13 @@ class OptimizedModule(nn.Module):
         # not submodules: parameters that can be changed would suggest that the programs follow
         self.__dict__.update(_model=model, _fast=fast, _known={})
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._run(*args, **kwargs)
+        with torch.no_grad():
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         fast, model, known = self.__dict__["_fast"], self.__dict__["_model"], self.__dict__["_known"]
         if fast is None:
             return model(*args, **kwargs)

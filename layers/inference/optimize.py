@@ -63,6 +63,10 @@ def optimize_for_inference(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, but it must be a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model is scripted, and TorchScript has no graph of operators: pass the module it was made from"
+        )
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}, but it must be one of auto, {', '.join(BACKENDS)}")
     try:
@@ -263,7 +267,7 @@ def _calls_of_submodules(module: nn.Module, call: Call) -> dict[nn.Module, Call]
     handles = [
         child.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
         for child in module.modules()
-        if child is not module
+        if child is not module and not isinstance(child, torch.jit.ScriptModule)  # they take no hooks
     ]
     try:
         module(*call.args, **call.kwargs)

@@ -290,6 +290,14 @@ def test_buffers_that_change_are_not_frozen() -> None:
     assert fast.calls.item() == before + 1
 
 
+def test_a_scripted_part_stays_as_it_is() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    model = nn.Sequential(scripted, nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    agree(model, optimize_for_inference(model, torch.randn(2, 3)), torch.randn(4, 3))
+    with pytest.raises(ValueError, match="model is scripted"):
+        optimize_for_inference(scripted, torch.randn(2, 3))
+
+
 def test_hooks_go_on_being_called() -> None:
     model, seen = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU())), []
     model.register_forward_hook(lambda *_: seen.append(1))
