@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
@@ -52,7 +51,7 @@ class Signature:
             shape: list[int | str] = list(leaf.shape)
             for axis, size in enumerate(next(fakes).shape):
                 symbol = getattr(getattr(size, "node", None), "expr", None)  # of a torch.SymInt
-                if isinstance(symbol, sympy.Symbol):
+                if getattr(symbol, "is_Symbol", False):  # and not an expression of others
                     limits = constraints[symbol]
                     # torch.export decides for every length as if it were neither 0 nor 1
                     ranges[str(symbol)] = (max(2.0, float(limits.lower)), float(limits.upper))
