@@ -46,6 +46,7 @@ from layers.fold import fold_batch_norm
 from layers.gated import GLU, GatedConv1d, GatedConv2d, GatedLinear
 from layers.highway import Highway, HighwayConv1d, HighwayConv2d
 from layers.inception import ConvStep, Inception, PoolStep
+from layers.inference import optimize_for_inference
 from layers.low_rank import LowRankLinear, SpatialConv, Tucker2Conv
 from layers.network import Network
 from layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -123,6 +124,7 @@ __all__ = [
     "fold_batch_norm",
     "functional",
     "models",
+    "optimize_for_inference",
     "padding_mask",
     "projection",
 ]

@@ -157,28 +157,54 @@ def _compatible(layer: nn.Module, norm: nn.Module) -> bool:
 @torch.no_grad()
 def _fold(layer: Any, norm: Any) -> None:
     """Change the parameters of `layer` to those of `norm` after `layer`."""
-    scale = (_float64(norm.running_var) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * _float64(norm.weight)
-    bias = -_float64(norm.running_mean)
-    if layer.bias is not None:
-        bias = bias + _float64(layer.bias)
-    bias = bias * scale
-    if norm.bias is not None:
-        bias = bias + _float64(norm.bias)
-    weight = _scale_outputs(layer, scale)
+    scale, shift = norm_as_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    groups = layer.groups if type(layer) in _TRANSPOSED else None
+    weight, bias = scale_outputs(layer.weight, layer.bias, scale, shift, transposed_groups=groups)
     trainable = layer.weight.requires_grad
-    layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=trainable)
-    layer.weight = nn.Parameter(weight.to(layer.weight), requires_grad=trainable)
+    layer.bias = nn.Parameter(bias, requires_grad=trainable)
+    layer.weight = nn.Parameter(weight, requires_grad=trainable)
 
 
-def _scale_outputs(layer: Any, scale: Tensor) -> Tensor:
-    weight = _float64(layer.weight)
-    if type(layer) not in _TRANSPOSED:
-        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    # Transposed convolution: (in, out / groups, ...), where each group of inputs has outputs of its own.
-    grouped = weight.unflatten(0, (layer.groups, -1))
-    return (grouped * scale.reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
+def norm_as_affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Batch norm in evaluation mode is `scale * x + shift` for each channel: both in float64, of shape (channels,)."""
+    scale = (_float64(var) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * _float64(weight)
+    shift = -_float64(mean) * scale
+    return scale, shift if bias is None else shift + _float64(bias)
+
+
+def scale_outputs(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, transposed_groups: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer followed by `scale * y + shift` for each output channel.
+
+    `transposed_groups` are the groups of a transposed convolution, whose weight is (in, out / groups, ...) and not
+    (out, in / groups, ...).
+    """
+    if bias is not None:
+        shift = shift + _float64(bias) * scale
+    exact = _float64(weight)
+    ones = [1] * (weight.dim() - 2)
+    if transposed_groups is None:
+        exact = exact * scale.reshape(-1, 1, *ones)
+    else:  # each group of inputs has outputs of its own
+        grouped = exact.unflatten(0, (transposed_groups, -1))
+        exact = (grouped * scale.reshape(transposed_groups, 1, -1, *ones)).flatten(0, 1)
+    return exact.to(weight), shift.to(weight)
+
+
+def scale_inputs(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer whose input is `scale * x + shift` for each channel: (out, in / groups, ...)."""
+    grouped = _float64(weight).unflatten(0, (groups, -1))
+    per_input = (groups, 1, -1, *[1] * (weight.dim() - 2))
+    added = (grouped * shift.reshape(per_input)).flatten(0, 1).flatten(1).sum(1)
+    exact = (grouped * scale.reshape(per_input)).flatten(0, 1)
+    return exact.to(weight), (added if bias is None else added + _float64(bias)).to(weight)
 
 
 def _float64(x: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""How long something takes, on a machine that may be busy with other things."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    # on one thread CPU time is that on the wall of an idle machine, and means something on a busy one too
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def seconds(contestants: Mapping[str, Callable[[], object]], device: torch.device, budget: float) -> dict[str, float]:
+    """The median over runs in turn, so that what disturbs the machine meets all alike.
+
+    ``budget`` is the seconds that all may take together; everybody runs at least 3 and at most 200 times.
+    """
+    runs: dict[str, list[float]] = {name: [] for name in contestants}
+    stop = time.perf_counter() + budget
+    for turn in range(200):
+        if turn >= 3 and time.perf_counter() > stop:
+            break
+        for name, run in contestants.items():
+            begin = _now(device)
+            run()
+            runs[name].append(_now(device) - begin)
+    return {name: median(times) for name, times in runs.items()}
