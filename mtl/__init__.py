@@ -11,24 +11,30 @@ True
 """
 
 from mtl import data
+from mtl.callbacks import Callback
 from mtl.distillation import Distillation
 from mtl.evaluation import evaluate
 from mtl.history import Epoch, History
+from mtl.metrics import delta_m
 from mtl.options import FitOptions
 from mtl.sharing import HardShared
 from mtl.task import Task
-from mtl.trainer import fit
-from mtl.weighting import Weighting
+from mtl.trainer import fit, restore
+from mtl.weighting import GradientWeighting, Weighting
 
 __all__ = [
+    "Callback",
     "Distillation",
     "Epoch",
     "FitOptions",
+    "GradientWeighting",
     "HardShared",
     "History",
     "Task",
     "Weighting",
     "data",
+    "delta_m",
     "evaluate",
     "fit",
+    "restore",
 ]
