@@ -17,7 +17,7 @@ from mtl.evaluation import evaluate
 from mtl.history import Epoch, History
 from mtl.metrics import delta_m
 from mtl.options import FitOptions
-from mtl.sharing import HardShared
+from mtl.sharing import HardShared, UnionSoftmax
 from mtl.task import Task
 from mtl.trainer import fit, restore
 from mtl.weighting import GradientWeighting, Weighting
@@ -31,6 +31,7 @@ __all__ = [
     "HardShared",
     "History",
     "Task",
+    "UnionSoftmax",
     "Weighting",
     "data",
     "delta_m",
