@@ -3,6 +3,7 @@ Optimization"): PCGrad, MGDA, CAGrad, IMTL, Nash-MTL, UPGrad and Aligned-MTL."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,6 +73,8 @@ def _of_root(aggregator: Any) -> Callable[[Tensor], Tensor]:
     def weigh(gramian: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(gramian.double())
         aggregator.reset()  # the factors of a step must not depend on what an earlier process has seen
-        return aggregator.weighting((vectors * values.clamp(min=0).sqrt()) @ vectors.T)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # cvxpy on the form of torchjd's problem, at every call
+            return aggregator.weighting((vectors * values.clamp(min=0).sqrt()) @ vectors.T)
 
     return weigh
