@@ -202,16 +202,18 @@ def _with(container: object, path: Path, value: int) -> object:
 def _describe_modules(model: nn.Module) -> None:
     """Let ``torch.nn`` layers state the sizes that they have: integers that describe and do not compute."""
     for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            known = [t for t in (module.weight, module.running_mean) if t is not None]
+            module.num_features = known[0].shape[0] if known else module.num_features
+        elif getattr(module, "weight", None) is None:
+            continue  # it has none, or is given one at each call, as in mtl.SoftShared
+        elif isinstance(module, nn.modules.conv._ConvNd):
             transposed = 1 if module.transposed else 0
             sizes = (module.weight.shape[0], module.weight.shape[1] * module.groups)
             module.out_channels, module.in_channels = sizes[transposed], sizes[1 - transposed]
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, nn.modules.batchnorm._NormBase):
-            known = [t for t in (module.weight, module.running_mean) if t is not None]
-            module.num_features = known[0].shape[0] if known else module.num_features
-        elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        elif isinstance(module, nn.GroupNorm):
             module.num_channels = module.weight.shape[0]
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape

@@ -17,7 +17,7 @@ from mtl.evaluation import evaluate
 from mtl.history import Epoch, History
 from mtl.metrics import delta_m
 from mtl.options import FitOptions
-from mtl.sharing import HardShared, UnionSoftmax
+from mtl.sharing import HardShared, L2Coupling, SoftShared, TraceNorm, UnionSoftmax
 from mtl.task import Task
 from mtl.trainer import fit, restore
 from mtl.weighting import GradientWeighting, Weighting
@@ -30,7 +30,10 @@ __all__ = [
     "GradientWeighting",
     "HardShared",
     "History",
+    "L2Coupling",
+    "SoftShared",
     "Task",
+    "TraceNorm",
     "UnionSoftmax",
     "Weighting",
     "data",

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+from torch import nn
+
 from mtl.history import Epoch
+from mtl.sharing.couplings.nuclear import effective_rank
+from mtl.sharing.soft import SoftShared
 
 
 class Board:
@@ -53,4 +57,14 @@ class Board:
         for group, values in groups.items():
             for task, value in values.items():
                 self._writer.add_scalar(f"{group}/{task}", value, row.epoch)
+        self._writer.flush()
+
+    def spectra(self, model: nn.Module, epoch: int) -> None:
+        """``effective_rank/`` and ``singular_values/`` of each stack of a ``SoftShared``; epoch 0 is the start."""
+        if self._writer is None or not isinstance(model, SoftShared):
+            return
+        for name, values in model.spectra().items():
+            self._writer.add_scalar(f"effective_rank/{name}", effective_rank(values), epoch)
+            for index, value in enumerate(values.tolist()):
+                self._writer.add_scalar(f"singular_values/{name}/{index}", value, epoch)
         self._writer.flush()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mtl.options import FitOptions
+from mtl.sharing.stacks import weight_axes
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -24,13 +25,13 @@ def build_optimizer(model: nn.Module, weighting: nn.Module, options: FitOptions)
     Raises:
         ValueError: if nothing requires a gradient, or the model does not say which parameters a task has alone.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [(parameter, axes) for parameter, axes in weight_axes(model) if parameter.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient, so there is nothing to train")
     factors = _lr_factors(model, options)
     by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        by_kind.setdefault((parameter.dim() > 1, factors.get(parameter, 1.0)), []).append(parameter)
+    for parameter, axes in parameters:
+        by_kind.setdefault((axes > 1, factors.get(parameter, 1.0)), []).append(parameter)
     by_kind.setdefault((False, 1.0), []).extend(weighting.parameters())
     groups = [
         {"params": members, "weight_decay": options.weight_decay if decays else 0.0, "lr_factor": factor}

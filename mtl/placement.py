@@ -12,6 +12,7 @@ from torch import nn
 
 from mtl.batch import device_of
 from mtl.options import FitOptions
+from mtl.sharing.stacks import weight_axes
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,7 +43,7 @@ class Placement:
         """
         state = PartialState()  # starts torch.distributed under a launcher
         device = _existing(state.device if options.device == "auto" else options.device)
-        convolutional = any(parameter.dim() == 4 for parameter in model.parameters())
+        convolutional = any(axes == 4 for _, axes in weight_axes(model))
         precision = options.precision
         if precision == "auto":
             precision = "bf16" if _bf16_is_fast(device, convolutional) else "fp32"
@@ -63,18 +64,22 @@ class Placement:
         """The model lies on the device and in the layout inside the block, and where and how it was after it."""
         before = device_of(model)
         model.to(self.device)
-        contiguous = [
-            parameter for parameter in model.parameters() if parameter.dim() == 4 and parameter.is_contiguous()
-        ]
+        contiguous = [parameter for parameter, axes in weight_axes(model) if axes == 4 and parameter.is_contiguous()]
         try:
             for parameter in contiguous if self.channels_last else ():
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = _channels_last(parameter.data)
             yield
         finally:
             for parameter in contiguous:
                 parameter.data = parameter.data.contiguous()
                 parameter.grad = None
             model.to(before)
+
+
+def _channels_last(weight: torch.Tensor) -> torch.Tensor:
+    if weight.dim() == 4:
+        return weight.contiguous(memory_format=torch.channels_last)
+    return weight.movedim(-3, -1).contiguous().movedim(-1, -3)  # a stack, of which every slice is channels-last
 
 
 def _bf16_is_fast(device: torch.device, convolutional: bool) -> bool:

@@ -29,6 +29,7 @@ def signature(
         "options": {name: value for name, value in asdict(options).items() if name not in _LEFT_OUT},
         "tasks": {task.name: f"{_described(task.loss)}, {type(task.metric).__name__}, {task.weight}" for task in tasks},
         "weighting": f"{type(weighting).__name__}({weighting.extra_repr()})",
+        "coupling": repr(getattr(model, "coupling", None)),
         "model": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
     }
     if distillation is not None:

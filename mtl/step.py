@@ -50,7 +50,8 @@ class Stepper:
 
     A model may have ``forward_tasks({task: input})`` (where each task has inputs of its own),
     ``auxiliary_losses(outputs, targets)`` (more to minimise, by task), ``penalty()`` (more to minimise, a scalar),
-    ``representation`` (the module whose output is all that the tasks share) and ``task_parameters(task)``.
+    ``proximal_step(lr)`` (called after each step), ``representation`` (the module whose output is all that the tasks
+    share) and ``task_parameters(task)``.
     """
 
     def __init__(
@@ -126,6 +127,8 @@ class Stepper:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()
+            if callable(proximal_step := getattr(self.model, "proximal_step", None)):
+                proximal_step(lr)
             if self.average is not None:
                 self.average.update(self.model)
         self.step += 1

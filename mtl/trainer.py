@@ -112,10 +112,13 @@ def fit(
             report = stack.enter_context(Report(*batches, enabled=options.progress and first))
             several = folder is not None and len(tasks) > 1
             loop = Epochs(stepper, steps, validation, epochs, report, callbacks, several)
+            if not done:
+                board.spectra(model, 0)
             while not progress.is_over:
                 row = loop.run(len(progress.history) + 1, progress.first_row, check=len(progress.history) == done)
                 wish = [callback.after_epoch(model, row) for callback in callbacks]
                 board.write(row)
+                board.spectra(model, row.epoch)
                 progress.add(row, stop=any(wish))
                 report.epoch(row, epochs)
         progress.finish()
