@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumed = (folder / HISTORY).exists()
         start = time.perf_counter()
         try:
-            run(PruneConfig(**settings, budget=compress.Budget(macs=config.macs), folder=str(folder)))
+            run(PruneConfig(**settings, validation=0.0, budget=compress.Budget(macs=config.macs), folder=str(folder)))
         except (ValueError, OSError) as error:
             print(f"{Path(__file__).stem}: {error}", file=sys.stderr)
             return 2

@@ -45,7 +45,7 @@ EVALUATION_BATCH_SIZE = 500
 RESULT = "result.json"
 DRY_BATCHES = 3  # of a dry run: enough to go through every line
 DEFAULTS: dict[str, Any] = {
-    "epochs": 10, "lr": 0.05, "distill": 0.9, "temperature": 4.0, "weight_decay": 5e-4, "peer_rounds": 5,
+    "epochs": 10, "lr": 0.02, "distill": 0.9, "temperature": 4.0, "weight_decay": 5e-4, "peer_rounds": 5,
     "methods": ["ours", *IMPORTANCES], "seeds": [0, 1, 2],
 }  # fmt: skip
 

@@ -132,7 +132,7 @@ class Rounds:
         """The model after the round, in evaluation mode, and its plan against the dense model."""
         return _read(self.model, self.path(index))
 
-    def play(self, index: int, train: Callable[..., object], evaluate: Evaluate) -> None:
+    def play(self, index: int, train: Callable[..., object], evaluate: Evaluate, test: Evaluate | None = None) -> None:
         """Prunes and commits that on its own, then trains, evaluates, measures and commits the round."""
         pruned = self.folder / f"{index:02d}.pruned"
         if not pruned.exists():
@@ -143,12 +143,13 @@ class Rounds:
         metrics = _as_metrics(evaluate(model.eval()), index)
         record = RoundRecord(
             round=index,
-            accuracy=sum(metrics.values()) / len(metrics),
+            accuracy=_mean(metrics),
             **asdict(measure(model, self.example_inputs)),
             latency_seconds=self._latency(model, index),
             target=self.recipe.target(index),
             metrics=metrics,
             kept=json.loads((pruned / KEPT).read_text(encoding="utf-8")),
+            test=None if test is None else _mean(_as_metrics(test(model.eval()), index)),
         )
         commit_folder(self.path(index), lambda partial: _write(partial, model, plan, record, pruned, optimizer))
         shutil.rmtree(pruned)
@@ -234,6 +235,10 @@ def _as_metrics(value: float | Mapping[str, float], index: int) -> dict[str, flo
             "where training diverged, lower the learning rate"
         )
     return metrics
+
+
+def _mean(metrics: Mapping[str, float]) -> float:
+    return sum(metrics.values()) / len(metrics)
 
 
 def _wants_context(train: Callable[..., object]) -> bool:

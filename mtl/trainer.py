@@ -44,6 +44,7 @@ def fit(
     folder: str | os.PathLike[str] | None = None,
     options: FitOptions | None = None,
     distillation: Distillation | None = None,
+    penalty: Callable[[nn.Module, float], Tensor] | None = None,
 ) -> History:
     """Train the model in place.
 
@@ -65,6 +66,8 @@ def fit(
         folder: of this run only
         options: everything else
         distillation: a teacher to learn from as well
+        penalty: ``penalty(model, progress)`` is a scalar that every step adds to the loss; ``progress`` is the part of
+            the steps that is done, in [0, 1)
 
     Returns:
         Loss and metrics of each epoch.
@@ -87,6 +90,8 @@ def fit(
     signature = _signature(model, tasks, combine, options)
     if distillation is not None:
         signature["distillation"] = {"weight": distillation.weight, "temperature": distillation.temperature}
+    if penalty is not None:
+        signature["penalty"] = _described(penalty)
     signature |= {"epochs": epochs, "batches": num_steps, "validation": validation is not None}
     store = RunFolder(folder, signature) if folder is not None else None
     saved = store.load() if store is not None else None
@@ -101,7 +106,7 @@ def fit(
             stack.enter_context(placement.applied_to(module))
             stack.enter_context(mode(module, training=training))
         trainer = _Trainer(model, tasks, combine, options, placement, num_steps * epochs)
-        trainer.distillation = distillation
+        trainer.distillation, trainer.penalty = distillation, penalty
         history = History()
         if saved is not None:
             trainer.load_state_dict(saved["trainer"])
@@ -143,6 +148,7 @@ class _Trainer:
         self.scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.precision == "fp16")
         self.average = ModelAverage(model, options.ema_decay) if options.ema_decay is not None else None
         self.distillation: Distillation | None = None
+        self.penalty: Callable[[nn.Module, float], Tensor] | None = None
         self.total_steps = total_steps
         self.step = 0
 
@@ -192,8 +198,11 @@ class _Trainer:
         losses = {name: loss(outputs[name], targets[name]) for name, loss in self.losses.items()}
         if self.distillation is not None:
             losses = self.distillation.mixed(losses, outputs, taught, self.tasks)
+        total = self.combine(losses)
+        if self.penalty is not None:
+            total = total + self.penalty(self.model, self.step / self.total_steps)
         self.optimizer.zero_grad()
-        self.scaler.scale(self.combine(losses)).backward()
+        self.scaler.scale(total).backward()
         if self.options.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
