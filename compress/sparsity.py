@@ -37,7 +37,7 @@ class GroupLasso(nn.Module):
     >>> import compress
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> penalty = GroupLasso(compress.trace(model, torch.zeros(1, 3)), strength=1e-4)
-    >>> float(penalty(model, progress=0.5)) > 0
+    >>> penalty(model, progress=0.5).item() > 0
     True
     """
 

@@ -65,7 +65,7 @@ def run(config: PruneConfig) -> RunResult:
         print_round(record, records[0], rounds)
 
     def train(pruned: nn.Module, context: RoundContext) -> None:
-        more = pressed and context.round < rounds
+        more = pressed and context.round < context.rounds  # after the last round nothing is removed
         penalty = compress.GroupLasso(compress.trace(pruned, example), config.sparsity) if more else None
         _train(config, data, pruned, context, distillation=teacher, penalty=penalty)
 
