@@ -145,8 +145,8 @@ class Epochs:
             tally.add(outcome)
             num_seen += 1
             if in_group + 1 == group:
-                lr = self._lr(num_batches)
-                stepper.update(lr)
+                lr, progress = self._lr(num_batches)
+                stepper.update(lr, progress)
                 for callback in self.callbacks:
                     callback.after_step(stepper.model, stepper.step)
             if self.report.live and num_seen % STEPS_PER_UPDATE == 0:
@@ -159,11 +159,12 @@ class Epochs:
         tally.check(epoch)
         return tally, lr
 
-    def _lr(self, num_batches: int) -> float:
-        options = self.stepper.options
+    def _lr(self, num_batches: int) -> tuple[float, float]:
+        """The learning rate of the next step, and the part of all steps that is done."""
+        options, step = self.stepper.options, self.stepper.step
         updates = -(-num_batches // options.accumulate)
-        warmup = options.warmup_epochs * updates
-        return options.peak_lr * lr_factor(options.schedule, self.stepper.step, self.total * updates, warmup)
+        factor = lr_factor(options.schedule, step, self.total * updates, options.warmup_epochs * updates)
+        return options.peak_lr * factor, step / (self.total * updates)
 
 
 def score(

@@ -23,6 +23,7 @@ def signature(
     weighting: Weighting,
     options: FitOptions,
     distillation: Distillation | None,
+    penalty: Callable[..., Any] | None,
 ) -> dict[str, Any]:
     """Nested dicts of plain values."""
     found: dict[str, Any] = {
@@ -34,6 +35,8 @@ def signature(
     }
     if distillation is not None:
         found["distillation"] = {"weight": distillation.weight, "temperature": distillation.temperature}
+    if penalty is not None:
+        found["penalty"] = _described(penalty)
     return found
 
 

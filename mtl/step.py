@@ -23,6 +23,8 @@ from mtl.processes import Processes
 from mtl.task import Labels, Task
 from mtl.weighting import GradientWeighting, Weighting
 
+Penalty = Callable[[nn.Module, float], Tensor]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -62,9 +64,10 @@ class Stepper:
         options: FitOptions,
         placement: Placement,
         distillation: Distillation | None = None,
+        penalty: Penalty | None = None,
     ) -> None:
         self.model, self.tasks, self.options, self.placement = model, tasks, options, placement
-        self.distillation = distillation
+        self.distillation, self.penalty = distillation, penalty
         self.processes = Processes.here()
         self.weighting = weighting.to(placement.device)
         self.losses = {task.name: _training_loss(task, options.label_smoothing) for task in tasks}
@@ -114,11 +117,15 @@ class Stepper:
         factors = self.backward(weighted, totals, cuts, self.scaler.get_scale() * part)
         return Outcome(seen, values, counts, factors, skipped, angles)
 
-    def update(self, lr: float) -> None:
-        """Take a step along the gradients that were added up, and forget them."""
+    def update(self, lr: float, progress: float) -> None:
+        """Take a step along the gradients that were added up, and forget them; ``progress`` is for the penalty."""
         set_lr(self.optimizer, lr)
-        if callable(penalty := getattr(self.model, "penalty", None)):
-            self.scaler.scale(penalty()).backward()
+        penalties = [self.penalty(self.model, progress)] if self.penalty is not None else []
+        if callable(own := getattr(self.model, "penalty", None)):
+            penalties.append(own())
+        for penalty in penalties:
+            if penalty.requires_grad:
+                self.scaler.scale(penalty).backward()
         self.processes.average_gradients((*self.model.parameters(), *self.weighting.parameters()))
         if any(parameter.grad is not None for group in self.optimizer.param_groups for parameter in group["params"]):
             if self.options.max_grad_norm is not None:

@@ -23,7 +23,7 @@ from mtl.progress import Report
 from mtl.sampling import steps_of
 from mtl.seeding import preserved_rng
 from mtl.signature import signature
-from mtl.step import Stepper
+from mtl.step import Penalty, Stepper
 from mtl.task import Task, check_tasks
 from mtl.weighting import Weighting, resolve
 
@@ -39,6 +39,7 @@ def fit(
     folder: str | os.PathLike[str] | None = None,
     options: FitOptions | None = None,
     distillation: Distillation | None = None,
+    penalty: Penalty | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> History:
     """Train the model in place.
@@ -66,6 +67,8 @@ def fit(
         folder: of this run only
         options: everything else
         distillation: a teacher to learn from as well
+        penalty: ``penalty(model, progress)`` is a scalar that every step adds to the loss; ``progress`` is the part of
+            the steps that is done, in [0, 1)
         callbacks: called after steps and epochs; those that change the model must do so by (seed, epoch) alone for a
             resumed run to end with the same numbers
 
@@ -86,7 +89,7 @@ def fit(
     steps = steps_of(data, tasks, options.sampling)
     _check(tasks, options, epochs, validation)
     combine = resolve(weighting, [task.name for task in tasks])
-    run = signature(model, tasks, combine, options, distillation)
+    run = signature(model, tasks, combine, options, distillation, penalty)
     run |= {"epochs": epochs, "batches": len(steps), "validation": validation is not None}
     placement = Placement.choose(model, options)
     store = RunFolder(folder, run) if folder is not None else None
@@ -100,7 +103,7 @@ def fit(
         for module, training in ((model, True), *([(distillation.teacher, False)] if distillation else [])):
             stack.enter_context(placement.applied_to(module))
             stack.enter_context(mode(module, training=training))
-        stepper = Stepper(model, tasks, combine, options, placement, distillation)
+        stepper = Stepper(model, tasks, combine, options, placement, distillation, penalty)
         progress = _Progress(stepper, epochs, store)
         if saved is not None:
             progress.load(saved)

@@ -119,7 +119,7 @@ class SoftShared(nn.Module):
 
     def forward_tasks(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """``{task: input}`` in, ``{task: output}`` out; only those tasks run."""
-        return self(dict(inputs))  # type: ignore[no-any-return]
+        return self(dict(inputs))
 
     def penalty(self) -> Tensor:
         """What the coupling adds to the loss: a scalar, 0 without a coupling."""
