@@ -12,6 +12,7 @@ True
 
 from mtl import data
 from mtl.callbacks import Callback
+from mtl.comparison import Comparison, Method, compare
 from mtl.distillation import Distillation
 from mtl.evaluation import evaluate
 from mtl.history import Epoch, History
@@ -24,6 +25,7 @@ from mtl.weighting import GradientWeighting, Weighting
 
 __all__ = [
     "Callback",
+    "Comparison",
     "Distillation",
     "Epoch",
     "FitOptions",
@@ -31,11 +33,13 @@ __all__ = [
     "HardShared",
     "History",
     "L2Coupling",
+    "Method",
     "SoftShared",
     "Task",
     "TraceNorm",
     "UnionSoftmax",
     "Weighting",
+    "compare",
     "data",
     "delta_m",
     "evaluate",
