@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import io
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,10 +21,14 @@ from mtl.evaluation import evaluate
 from mtl.metrics import delta_m
 from mtl.options import FitOptions
 from mtl.seeding import preserved_rng
-from mtl.sharing import HardShared, L2Coupling, SoftShared, TraceNorm
+from mtl.sharing import Coupling, HardShared, L2Coupling, SoftShared, TraceNorm
 from mtl.task import Direction, Task, check_tasks
 from mtl.trainer import fit
 from mtl.weighting import Weighting
+
+_STRENGTH = 1e-3
+_COUPLINGS: dict[str, Callable[[float], Coupling]] = {"l2": L2Coupling, "trace_norm": TraceNorm}
+_COLUMNS = 8  # more tasks than that are not shown one by one
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,14 @@ class Comparison:
     seeds: Sequence[int]
 
     def delta_m(self, method: str) -> list[float]:
-        """Relative gain over the reference in percent, for each seed: see ``mtl.delta_m``."""
-        return [
-            delta_m(
-                {task: values[index] for task, values in self.metrics[method].items()},
-                {task: values[index] for task, values in self.metrics[self.reference].items()},
-                self.directions,
-            )
-            for index in range(len(self.seeds))
-        ]
+        """Relative gain over the reference in percent, for each seed: see ``mtl.delta_m``. A task whose reference is 0
+        does not count for that seed; NaN where none does."""
+        gains = []
+        for index in range(len(self.seeds)):
+            there = {task: values[index] for task, values in self.metrics[self.reference].items() if values[index]}
+            here = {task: values[index] for task, values in self.metrics[method].items()}
+            gains.append(delta_m(here, there, self.directions) if there else math.nan)
+        return gains
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
@@ -83,19 +87,26 @@ class Comparison:
         }
 
     def __str__(self) -> str:
-        """A row per method: mean and deviation over the seeds of each task's metric and of delta m."""
+        """A row per method: mean and deviation over the seeds of each task's metric (of the mean over tasks where there
+        are many of one kind) and of delta m."""
+        many = len(self.directions) > _COLUMNS
+        columns: Mapping[str, Direction] = self.directions
+        if many:
+            one = len(set(self.directions.values())) == 1
+            columns = {f"mean of {len(self.directions)} tasks": next(iter(self.directions.values()))} if one else {}
         table = Table(title=f"mean ± deviation over {len(self.seeds)} seeds; delta m against {self.reference!r}")
         table.add_column("method")
         arrows = {"max": "↑", "min": "↓"}
-        for task in self.directions:
-            table.add_column(f"{task} {arrows[self.directions[task]]}", justify="right")
+        for column, direction in columns.items():
+            table.add_column(f"{column} {arrows[direction]}", justify="right")
         table.add_column("delta m, %", justify="right")
         for name, row in self.metrics.items():
-            cells = [_spread(values, "{:.4g}") for values in row.values()]
+            shown = [[mean(found) for found in zip(*row.values(), strict=True)]] if many else list(row.values())
+            cells = [_spread(values, "{:.4g}") for values in shown[: len(columns)]]
             gain = "" if name == self.reference else _spread(self.delta_m(name), "{:+.2f}")
             table.add_row(name, *cells, gain)
         text = io.StringIO()
-        Console(file=text, width=40 + 24 * (len(self.directions) + 1)).print(table)
+        Console(file=text, width=40 + 24 * (len(columns) + 1)).print(table)
         return text.getvalue().rstrip()
 
 
@@ -121,7 +132,8 @@ def compare(
         data: as in ``mtl.fit``: one data set with all labels, or one per task
         methods: ``Method``, or names that build their models from ``trunk`` and ``head``: "single" (a model per task,
             trained alone), "hard" (one trunk), "hard:WEIGHTING", "private norms" (one trunk with batch norms of each
-            task's own), "soft:l2" and "soft:trace_norm" (a model per task, coupled at strength 1e-3)
+            task's own), "soft:l2" and "soft:trace_norm" (a model per task, coupled at strength 1e-3; "soft:l2:0.1": at
+            0.1)
         test: to report on; in the form of the data
         trunk: makes a trunk
         head: makes the head of a task, which reads the trunk's output
@@ -202,24 +214,20 @@ def _standard(name: str, trunk: Callable[[], nn.Module] | None, head: Callable[[
     def soft(tasks: Sequence[Task], coupling: Any) -> nn.Module:
         return SoftShared(lambda task: nn.Sequential(trunk(), head(task)), tasks, coupling)
 
-    norms = (nn.modules.batchnorm._BatchNorm,)
-    kind, _, weighting = name.partition(":")
-    if kind == "hard":
-        return Method(name, hard, weighting=weighting or "equal")
-    builders: dict[str, Callable[[Sequence[Task]], nn.Module]] = {
-        "single": hard,
-        "private norms": lambda tasks: hard(tasks, private=norms),
-        "soft:l2": lambda tasks: soft(tasks, L2Coupling(_STRENGTH)),
-        "soft:trace_norm": lambda tasks: soft(tasks, TraceNorm(_STRENGTH)),
-    }
-    if name not in builders:
-        raise ValueError(
-            f"unknown method {name!r}: use one of hard, hard:WEIGHTING, {', '.join(builders)}, or a Method"
-        )
-    return Method(name, builders[name], apart=name == "single")
-
-
-_STRENGTH = 1e-3
+    match name.split(":"):
+        case ["single"]:
+            return Method(name, hard, apart=True)
+        case ["hard", *weighting] if len(weighting) <= 1:
+            return Method(name, hard, weighting=weighting[0] if weighting else "equal")
+        case ["private norms"]:
+            return Method(name, partial(hard, private=(nn.modules.batchnorm._BatchNorm,)))
+        case ["soft", kind, *strength] if kind in _COUPLINGS and len(strength) <= 1:
+            coupling = _COUPLINGS[kind](float(strength[0]) if strength else _STRENGTH)
+            return Method(name, partial(soft, coupling=coupling))
+    raise ValueError(
+        f"unknown method {name!r}: use single, hard, hard:WEIGHTING, private norms, soft:l2, soft:trace_norm, or a "
+        "mtl.Method"
+    )
 
 
 def _spread(values: Sequence[float], form: str) -> str:

@@ -233,6 +233,8 @@ def _check(tasks: Sequence[Task], options: FitOptions, epochs: int, validation: 
     ):
         if unknown := sorted(set(used) - set(names)):
             raise ValueError(f"{option} names {unknown[0]!r}, which is no task: the tasks are {names}")
+    if zero := [name for name, value in (options.reference or {}).items() if value == 0]:
+        raise ValueError(f"reference of task {zero[0]!r} is 0, of which nothing is a fraction: leave the task out")
     if validation is None and (options.keep == "best" or options.patience is not None):
         wish = 'keep="best"' if options.keep == "best" else f"patience={options.patience}"
         raise ValueError(f"{wish} chooses by validation data, but there are none: pass validation=")

@@ -1,6 +1,7 @@
 """Everything that can be said about a pruning run: its flags, its YAML, and whether a folder is of the same run."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from mtl import FitOptions
 CONFIG_FILE = "config.yaml"
 # Where and how loudly a run works; everything else must be equal for a folder to be the same run.
 NOT_IN_CONFIG_FILE = ("folder", "device")
+PRUNE_OUTPUTS = ("dense", "rounds", "history.json", "small.safetensors", "run.json")
 
 
 class ModelConfig(Protocol):
@@ -117,10 +119,10 @@ class PruneConfig:
             raise ValueError(f"--distill is {self.distill}, but it must be in [0, 1]: the part that the teacher has")
 
 
-def claim_folder(folder: Path, config: PruneConfig) -> None:
-    """Writes the config that reproduces the run into ``folder``; ``ValueError`` where it holds another run."""
+def claim_folder(folder: Path, config: Any, outputs: Sequence[str] = PRUNE_OUTPUTS) -> None:
+    """Writes the config, a dataclass, that reproduces the run into ``folder``; ``ValueError`` where it holds another
+    run, or some of the ``outputs`` of one."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_CONFIG_FILE}
-    outputs = ("dense", "rounds", "history.json", "small.safetensors", "run.json")
     claim(
         folder / CONFIG_FILE, values, outputs, dump=lambda value: yaml.safe_dump(value, sort_keys=False), parse=_parse
     )

@@ -287,6 +287,7 @@ def test_curves_show_cosines_scores_and_the_gain_over_single_tasks(tmp_path: Pat
     [
         ({"monitor": "c"}, "monitor names 'c', which is no task"),
         ({"reference": {"c": 1.0}}, "reference names 'c', which is no task"),
+        ({"reference": {"a": 0.0}}, "reference of task 'a' is 0"),
         ({"task_lr": {"c": 1.0}}, "task_lr names 'c', which is no task"),
         ({"keep": "best"}, 'keep="best" chooses by validation data, but there are none'),
         ({"patience": 3}, "patience=3 chooses by validation data"),
