@@ -24,7 +24,7 @@ from mtl.seeding import preserved_rng
 from mtl.sharing import Coupling, HardShared, L2Coupling, SoftShared, TraceNorm
 from mtl.task import Direction, Task, check_tasks
 from mtl.trainer import fit
-from mtl.weighting import Weighting
+from mtl.weighting import Weighting, resolve
 
 _STRENGTH = 1e-3
 _COUPLINGS: dict[str, Callable[[float], Coupling]] = {"l2": L2Coupling, "trace_norm": TraceNorm}
@@ -148,7 +148,7 @@ def compare(
         ValueError: for no or unknown methods or seeds, two methods of one name, and what ``mtl.fit`` refuses.
     """
     tasks, options = check_tasks(tasks), options or FitOptions()
-    chosen = [_standard(name, trunk, head) if isinstance(name, str) else name for name in methods]
+    chosen = [standard_method(name, trunk, head) if isinstance(name, str) else name for name in methods]
     names = [method.name for method in chosen]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods are {names}: give at least one, each with a name of its own")
@@ -204,7 +204,14 @@ def _part(data: Any, tasks: Sequence[Task]) -> Any:
     return {task.name: data[task.name] for task in tasks if task.name in data}
 
 
-def _standard(name: str, trunk: Callable[[], nn.Module] | None, head: Callable[[Task], nn.Module] | None) -> Method:
+def standard_method(
+    name: str, trunk: Callable[[], nn.Module] | None, head: Callable[[Task], nn.Module] | None
+) -> Method:
+    """The method that a name means, see ``compare``.
+
+    Raises:
+        ValueError: for an unknown name, or without trunk or head.
+    """
     if trunk is None or head is None:
         raise ValueError(f"method {name!r} builds its models from trunk= and head=: give both, or a mtl.Method")
 
@@ -218,7 +225,9 @@ def _standard(name: str, trunk: Callable[[], nn.Module] | None, head: Callable[[
         case ["single"]:
             return Method(name, hard, apart=True)
         case ["hard", *weighting] if len(weighting) <= 1:
-            return Method(name, hard, weighting=weighting[0] if weighting else "equal")
+            chosen = weighting[0] if weighting else "equal"
+            resolve(chosen, [])  # an unknown name is said before anything is trained
+            return Method(name, hard, weighting=chosen)
         case ["private norms"]:
             return Method(name, partial(hard, private=(nn.modules.batchnorm._BatchNorm,)))
         case ["soft", kind, *strength] if kind in _COUPLINGS and len(strength) <= 1:

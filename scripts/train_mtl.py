@@ -9,6 +9,7 @@ from typing import Literal
 
 from compress.folder import write_file
 from mtl import Comparison, FitOptions, compare
+from mtl.comparison import standard_method
 from mtl.data import TaskData, loaders
 from scripts.command import run_command
 from scripts.config import CONFIG_FILE, claim_folder
@@ -104,8 +105,9 @@ def run(config: TrainMtlConfig) -> Comparison:
     trunk, head = builders(data, config.trunk, config.width)
     trunk()  # what cannot be built fails before anything is written
     folder = Path(config.folder)
-    methods = config.methods or ["single", "hard"]
-    claim_folder(folder, config, (RESULT_FILE, *(method.replace(":", "-").replace(" ", "-") for method in methods)))
+    names = config.methods or ["single", "hard"]
+    methods = [standard_method(name, trunk, head) for name in names]
+    claim_folder(folder, config, (RESULT_FILE, *(name.replace(":", "-").replace(" ", "-") for name in names)))
     has_validation = all(
         own.validation is not None for own in ([data] if isinstance(data, TaskData) else data.values())
     )
@@ -115,8 +117,6 @@ def run(config: TrainMtlConfig) -> Comparison:
         methods,
         test=loaders(data, "test", batch_size=TEST_BATCH_SIZE),
         validation=loaders(data, "validation", batch_size=TEST_BATCH_SIZE) if has_validation else None,
-        trunk=trunk,
-        head=head,
         seeds=config.seeds,
         epochs=config.epochs,
         options=options,
