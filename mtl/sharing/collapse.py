@@ -47,7 +47,7 @@ def factorise(stack: Tensor, energy: float) -> Factors:
     num_tasks, size = len(stack), stack[0].numel()
     if num_tasks == 1 or not stack.is_floating_point():
         return Factors(stack.clone())
-    matrix = stack.flatten(1).double()
+    matrix = stack.reshape(num_tasks, -1).double()
     rounding = (max(_EPSILONS * torch.finfo(stack.dtype).eps, _DECOMPOSITION) * matrix.norm()) ** 2
     mean = matrix.mean(dim=0, keepdim=True)
     differences = (matrix - mean).square().sum()
@@ -127,7 +127,7 @@ class Collapsed(nn.Module):
         """As of ``SoftShared``."""
         calls = by_task_calls(self.tasks, args, kwargs)
         # .data: as in SoftShared.forward
-        buffers = {name: [slice_.data for slice_ in stack] for name, stack in self.bases.named_buffers()}
+        buffers = {name: [each.data for each in stack.unbind()] for name, stack in self.bases.named_buffers()}
         entries = {**{name: basis.unbind() for name, basis in self.bases.named_parameters()}, **buffers}
         mixings = {name: mixing.unbind() for name, mixing in self.mixings.named_parameters()}
         alike = len(calls) > 1 and len({id(call) for call in calls.values()}) == 1

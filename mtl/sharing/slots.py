@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,41 +24,48 @@ class Slots:
 
     def __init__(self, aliases: Mapping[str, Sequence[str]]) -> None:
         self.aliases = aliases
+        self._places = {name: [_place(alias) for alias in names] for name, names in aliases.items()}
 
     def call(
         self, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The model with these tensors; what it puts in place of a buffer is copied into the one that was given."""
-        self.fill(model, tensors)
+        slots = self._slots(model, tensors)
+        _put(model, slots, tensors)
         try:
             output = model(*args, **kwargs)
-            for name, tensor in tensors.items():
-                owner, attribute = _owner(model, self.aliases[name][0])
-                if (replaced := owner._buffers.get(attribute, tensor)) is not tensor and replaced is not None:
-                    tensor.copy_(replaced)
+            for name, place, attribute in slots:
+                replaced = place[attribute]
+                if replaced is not tensors[name] and replaced is not None:
+                    tensors[name].copy_(replaced)
         finally:
-            self.fill(model, dict.fromkeys(tensors))
+            _put(model, slots, dict.fromkeys(tensors))
         return output
 
     def fill(self, model: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
         """Put tensors, or nothing, into the slots of a model."""
-        for name, tensor in tensors.items():
-            for alias in self.aliases[name]:
-                owner, attribute = _owner(model, alias)
+        _put(model, self._slots(model, tensors), tensors)
+
+    def _slots(self, model: nn.Module, names: Iterable[str]) -> list[tuple[str, dict[str, Any], str]]:
+        """Name of each tensor, and where it belongs: a module's dictionary and the key in it."""
+        owners = dict(model.named_modules(remove_duplicate=False))
+        found = []
+        for name in names:
+            for path, attribute in self._places[name]:
+                owner = owners[path]
                 place: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
-                place[attribute] = tensor
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()
+                found.append((name, place, attribute))
+        return found
 
     def filled_copy(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A model of its own, with copies of these tensors as parameters and buffers."""
         model = copy.deepcopy(model)
         copies = {}
         for name, tensor in tensors.items():
-            owner, attribute = _owner(model, self.aliases[name][0])
+            path, attribute = self._places[name][0]
             own = tensor.detach().clone()
-            copies[name] = nn.Parameter(own, tensor.requires_grad) if attribute in owner._parameters else own
+            is_parameter = attribute in model.get_submodule(path)._parameters
+            copies[name] = nn.Parameter(own, tensor.requires_grad) if is_parameter else own
         self.fill(model, copies)
         return model
 
@@ -85,9 +92,19 @@ def forget_counters(module: nn.Module, keys: Any) -> None:
     ]
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _put(
+    model: nn.Module, slots: Iterable[tuple[str, dict[str, Any], str]], tensors: Mapping[str, Tensor | None]
+) -> None:
+    for name, place, attribute in slots:
+        place[attribute] = tensors[name]
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+
+
+def _place(name: str) -> tuple[str, str]:
     path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
+    return path, attribute
 
 
 def by_task_calls(tasks: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Call]:

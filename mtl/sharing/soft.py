@@ -108,12 +108,13 @@ class SoftShared(nn.Module):
                 if outputs is not None:
                     return outputs
         parameters = {name: stack.unbind() for name, stack in self.stacks.named_parameters()}
+        # .data: slices count their versions together, and autograd would take one task's update for another's
+        buffers = {name: [each.data for each in stack.unbind()] for name, stack in self.stacks.named_buffers()}
+        slices = {**parameters, **buffers}
         outputs = {}
         for task, (positional, named) in calls.items():
             index = self.tasks.index(task)
-            views = {name: slices[index] for name, slices in parameters.items()}
-            # .data: slices count their versions together, and autograd would take one task's update for another's
-            views |= {name: stack[index].data for name, stack in self.stacks.named_buffers()}
+            views = {name: own[index] for name, own in slices.items()}
             outputs[task] = self.slots.call(self.models[task], views, positional, named)
         return outputs
 
@@ -138,7 +139,9 @@ class SoftShared(nn.Module):
     def spectra(self) -> dict[str, Tensor]:
         """Singular values of each stack as a matrix (tasks x all others), falling: (at most number of tasks,)."""
         stacks = dict(self.stacks.named_parameters())
-        return dict(zip(stacks, singular_values([stack.flatten(1) for stack in stacks.values()]), strict=True))
+        return dict(
+            zip(stacks, singular_values([stack.reshape(len(stack), -1) for stack in stacks.values()]), strict=True)
+        )
 
     def task(self, name: str) -> nn.Module:
         """A copy of one task's model, as ``build`` made it, with the present values.

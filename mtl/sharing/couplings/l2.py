@@ -67,7 +67,7 @@ class L2Coupling(Scaled):
         if not strengths:
             return 0.0
         total = sum(
-            strength * self._distance(stacked.tensors[name].flatten(1), stacked.tasks)
+            strength * self._distance(stacked.tensors[name].reshape(len(stacked.tasks), -1), stacked.tasks)
             for name, strength in strengths.items()
         )
         return total * self.warmed(stacked.step)

@@ -3,6 +3,7 @@ Multi-Task Learning")."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -55,16 +56,16 @@ class TraceNorm(Scaled):
         strengths = {} if self.proximal else self.strengths(stacked.tensors)
         if not strengths:
             return 0.0
-        matrices, norms, factors = [], [], []
-        for name, strength in strengths.items():
-            stack = stacked.tensors[name]
-            coupled, norm = self._coupled(stack), _norm(stack)
-            for unfolding in _unfoldings(stack.dim(), self.unfold):
-                matrices.append(unfolding.matrix(coupled))
-                norms.append(norm)
-                factors.append(strength)
-        values = nuclear_norms(matrices, norms)
-        return (values @ values.new_tensor(factors)) * self.warmed(stacked.step)
+        stacks = [
+            (stacked.tensors[name], strength, unfolding)
+            for name, strength in strengths.items()
+            for unfolding in _unfoldings(stacked.tensors[name].dim(), self.unfold)
+        ]
+        values = nuclear_norms(
+            [unfolding.matrix(self._coupled(stack)) for stack, _, unfolding in stacks],
+            self._norms([stack for stack, _, _ in stacks]),
+        )
+        return (values @ values.new_tensor([strength for _, strength, _ in stacks])) * self.warmed(stacked.step)
 
     @torch.no_grad()
     def proximal_step(self, stacked: Stacked, lr: float) -> None:
@@ -78,13 +79,18 @@ class TraceNorm(Scaled):
         while rest:  # the first unfolding of all stacks, then the second, ...: stacks share their decompositions
             matrices = [unfoldings[0].matrix(self._coupled(stack)) for stack, _, unfoldings in rest]
             thresholds = [threshold for _, threshold, _ in rest]
-            taken = shrinkages(matrices, thresholds, [_norm(stack) for stack, _, _ in rest])
+            taken = shrinkages(matrices, thresholds, self._norms([stack for stack, _, _ in rest]))
             for (stack, _, unfoldings), matrix in zip(rest, taken, strict=True):
                 stack.sub_(unfoldings[0].folded(matrix, stack.shape))
             rest = [(stack, threshold, later) for stack, threshold, (_, *later) in rest if later]
 
     def _coupled(self, stack: Tensor) -> Tensor:
         return stack - stack.mean(dim=0, keepdim=True) if self.of == "deviations" else stack
+
+    def _norms(self, stacks: Sequence[Tensor]) -> list[Tensor] | None:
+        if self.of == "weights":
+            return None
+        return [torch.linalg.vector_norm(stack.detach()) for stack in stacks]
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class _Unfolding:
     num_rows: int
 
     def matrix(self, stack: Tensor) -> Tensor:
-        moved = stack.movedim(self.axis, 0)
+        moved = stack.movedim(self.axis, 0) if self.axis else stack  # a step less for autograd
         return moved.reshape(moved.shape[: self.num_rows].numel(), -1)
 
     def folded(self, matrix: Tensor, shape: torch.Size) -> Tensor:
@@ -109,7 +115,3 @@ def _unfoldings(num_axes: int, unfold: Unfold) -> list[_Unfolding]:
     if unfold == "tucker":
         return [_Unfolding(axis, 1) for axis in range(num_axes)]
     return [_Unfolding(0, num_rows) for num_rows in range(1, max(num_axes, 2))]
-
-
-def _norm(stack: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(stack.detach(), dtype=torch.float64)
