@@ -126,8 +126,9 @@ class Stepper:
         for penalty in penalties:
             if penalty.requires_grad:
                 self.scaler.scale(penalty).backward()
-        self.processes.average_gradients((*self.model.parameters(), *self.weighting.parameters()))
-        if any(parameter.grad is not None for group in self.optimizer.param_groups for parameter in group["params"]):
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.processes.average_gradients(trained)
+        if any(parameter.grad is not None for parameter in trained):
             if self.options.max_grad_norm is not None:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)

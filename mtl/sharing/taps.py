@@ -23,7 +23,7 @@ def run_with_taps(
     Raises:
         ValueError: for a place that there is not, and for None where the output is not one tensor.
     """
-    parts = dict(module.named_modules())
+    parts = dict(module.named_modules()) if places != {None} else {}
     taken: dict[str | None, Tensor] = {}
 
     def keep(place: str) -> Callable[..., None]:
