@@ -33,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = parser(__file__, "a step of multi-task training, beside a loop written by hand")
     flags.add_argument("--batch-size", type=int, default=64)
+    flags.add_argument("--image-size", type=int, default=32)
     flags.add_argument("--steps", type=int, default=40, help="of an epoch")
     flags.add_argument("--repeats", type=int, default=7)
     config = flags.parse_args(arguments)
     torch.set_num_threads(1)
-    batches = _batches(config.steps, config.batch_size)
+    batches = _batches(config.steps, config.batch_size, config.image_size)
     contestants: dict[str, Callable[[], Stages]] = {
         "sum by hand": lambda: _timed(_by_hand, batches, False),
         "uncertainty by hand": lambda: _timed(_by_hand, batches, True),
@@ -57,12 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if f"fit {method}" in seconds:
             ratios[f"{method} over plain sum"] = seconds[f"fit {method}"] / seconds["fit equal"]
             ratios[f"torchjd's {method} over plain sum"] = seconds[f"torchjd {method}"] / seconds["sum by hand"]
-    settings = {
-        "batch_size": config.batch_size,
-        "steps": config.steps,
-        "repeats": config.repeats,
-        "tasks": len(CLASSES),
-    }
+    settings = {name: value for name, value in vars(config).items() if name != "output"} | {"tasks": len(CLASSES)}
     results = {"settings": settings, "seconds_per_step": seconds, "ratios": ratios}
     write_results(config.output, arguments, results, ["torchjd"])
     table = Table(title=f"CPU time of a step, T = {len(CLASSES)}")
@@ -90,11 +86,11 @@ def network() -> HardShared:
     return HardShared(trunk, {name: nn.Linear(WIDTH, number) for name, number in CLASSES.items()})
 
 
-def _batches(steps: int, batch_size: int) -> Batches:
+def _batches(steps: int, batch_size: int, image_size: int) -> Batches:
     generator = torch.Generator().manual_seed(0)
     return [
         (
-            torch.randn(batch_size, 3, 16, 16, generator=generator),
+            torch.randn(batch_size, 3, image_size, image_size, generator=generator),
             {name: torch.randint(number, (batch_size,), generator=generator) for name, number in CLASSES.items()},
         )
         for _ in range(steps)
