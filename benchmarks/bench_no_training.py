@@ -7,7 +7,6 @@ Every criterion gets the same calibration images and the same recovery; Torch-Pr
 them. Labels are used for nothing but the accuracy on the test images.
 """
 
-import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import compress
-from benchmarks.common import parser, skipped, wide_console, write_results
-from compress.checkpoint import load_state_dict, read_state_dict
+from benchmarks.common import parse_checkpoint, parser, skipped, trained_model, wide_console, write_results
+from benchmarks.peer import prune_to_macs
 from compress.criteria import CRITERIA, needs
 from compress.recover import reestimate_batch_norm
 from mtl.data import ImageData
-from scripts.sources import build_model, open_data
+from scripts.sources import open_data
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what the public CIFAR checkpoints expect
 TEST_BATCH_SIZE = 500
@@ -60,17 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _rows(text: str, data: ImageData, config: Any) -> Iterator[dict[str, Any]]:
     """One row a way of pruning and fraction: ``layers:resnet20_cifar=FILE@0.6,0.5``."""
-    source, _, rest = text.partition("=")
-    file, _, fractions = rest.rpartition("@")
-    if not file or not fractions:
-        raise ValueError(f"--checkpoint {text} is not of the form SOURCE:NAME=FILE@MACS,...")
-    model = build_model(source, data.num_classes)
-    load_state_dict(model, read_state_dict(file), source=file)
-    model.eval()
+    source, file, fractions = parse_checkpoint(text)
+    model = trained_model(source, file, data.num_classes)
     batches = _calibration(data, config)
     dense = _accuracy(model, data)
     yield {"model": source, "method": "dense", "macs_kept": 1.0, "accuracy": dense, "seconds": 0.0, "cpu_seconds": 0.0}
-    for fraction in map(float, fractions.split(",")):
+    for fraction in fractions:
         for name, method in _methods(model, fraction, batches, config).items():
             wall, cpu = time.perf_counter(), time.process_time()
             try:
@@ -112,26 +106,10 @@ def _methods(
 
 
 def _torch_pruning(model: nn.Module, importance: str, fraction: float, batches: Sequence[Tensor]) -> nn.Module:
-    """The largest model under the budget that global pruning gives: its ratio is of channels, and searched for."""
     import torch_pruning
 
-    dense = compress.measure(model, batches[0][:1]).macs
-    low, high, best = 0.0, 0.95, None
-    for _ in range(8):
-        ratio = (low + high) / 2
-        pruned = copy.deepcopy(model)
-        last = [m for m in pruned.modules() if isinstance(m, nn.Linear)][-1:]
-        pruner = torch_pruning.pruner.BasePruner(
-            pruned, batches[0][:1], importance=getattr(torch_pruning.importance, importance)(), global_pruning=True,
-            pruning_ratio=ratio, max_pruning_ratio=0.9, ignored_layers=last,
-        )  # fmt: skip
-        pruner.step()
-        if compress.measure(pruned, batches[0][:1]).macs <= fraction * dense:
-            high, best = ratio, pruned
-        else:
-            low = ratio
-    if best is None:
-        raise ValueError(f"no ratio reaches {fraction}")
+    macs = fraction * compress.measure(model, batches[0][:1]).macs
+    best = prune_to_macs(model, batches[0][:1], getattr(torch_pruning.importance, importance)(), macs)
     reestimate_batch_norm(best, batches)
     return best.eval()
 

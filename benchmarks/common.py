@@ -20,10 +20,13 @@ from unittest.mock import patch
 
 import torch
 from rich.console import Console
+from torch import nn
 
 import compress.attempt
 import compress.pruning
+from compress.checkpoint import load_state_dict, read_state_dict
 from compress.folder import write_file
+from scripts.sources import build_model
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,6 +39,26 @@ def parser(file: str, claim: str) -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=claim, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--output", type=Path, default=RESULTS / f"{Path(file).stem}.json", help="JSON file to write")
     return flags
+
+
+def parse_checkpoint(text: str) -> tuple[str, str, list[float]]:
+    """Model, file and fractions of ``SOURCE:NAME=FILE@MACS,...``.
+
+    >>> parse_checkpoint("layers:resnet20_cifar=resnet20.th@0.6,0.5")
+    ('layers:resnet20_cifar', 'resnet20.th', [0.6, 0.5])
+    """
+    source, _, rest = text.partition("=")
+    file, _, fractions = rest.rpartition("@")
+    if not file or not fractions:
+        raise ValueError(f"--checkpoint {text} is not of the form SOURCE:NAME=FILE@MACS,...")
+    return source, file, [float(fraction) for fraction in fractions.split(",")]
+
+
+def trained_model(source: str, file: str, num_classes: int) -> nn.Module:
+    """The model that ``source`` names with the weights in ``file``, in evaluation mode."""
+    model = build_model(source, num_classes)
+    load_state_dict(model, read_state_dict(file), source=file)
+    return model.eval()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from compress.plan import PlanGroup, PlanMember, PrunePlan
 from compress.pruning import PruneResult, prune
 from compress.removal import Removal
 from compress.sensitivity import SensitivityPoint, sensitivity
+from compress.sparsity import GroupLasso
 from compress.surgery import apply, mask
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Criterion",
     "Evidence",
     "FrozenAxis",
+    "GroupLasso",
     "Member",
     "PlanGroup",
     "PlanMember",

@@ -85,15 +85,17 @@ def iterate(
     stop: StopRule | None = None,
     seed: int = 0,
     on_round: Callable[[RoundRecord], object] | None = None,
+    test: Evaluate | None = None,
     **options: Unpack[PruneOptions],
 ) -> RunResult:
     """Prunes ``model`` to ``budget`` in ``rounds`` steps, each followed by training, and returns the last good model.
 
     ``train(model)`` trains in place; where its second parameter has no default it gets a :class:`RoundContext` too.
-    ``evaluate(model)`` returns an accuracy, or several by name; higher is better. Randomness in both must come from the
-    global generators of Python, NumPy and PyTorch, or from the context's seed. ``schedule`` says how much of the dense
-    model each round keeps. ``on_round`` sees the record of every round, those of earlier calls included. ``options``
-    go to :func:`compress.prune`. The given model is not changed.
+    ``evaluate(model)`` returns an accuracy, or several by name; higher is better. It decides (see :class:`StopRule`),
+    so it should look at validation data. What ``test(model)`` returns is recorded and decides nothing. Randomness in
+    them must come from the global generators of Python, NumPy and PyTorch, or from the context's seed. ``schedule``
+    says how much of the dense model each round keeps. ``on_round`` sees the record of every round, those of earlier
+    calls included. ``options`` go to :func:`compress.prune`. The given model is not changed.
 
     ``folder`` gets ``rounds/NN`` (model, plan, scores, record), ``history.json``, ``history.csv``, ``curve.png``,
     TensorBoard events and, at the end, ``small.safetensors`` for :func:`compress.load`. The same call on the same
@@ -113,7 +115,7 @@ def iterate(
     while len(records) <= rounds and stopped is None:
         index = len(records)
         if not played.path(index).exists():
-            played.play(index, train, evaluate)
+            played.play(index, train, evaluate, test)
         records.append(played.record(index))
         write_events(folder, records[-1], played.scores(index))
         stopped = _reason_to_stop(records, stop)

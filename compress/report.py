@@ -23,7 +23,8 @@ class RoundRecord:
 
     ``accuracy`` is what ``evaluate`` returned (the mean of it where there are several ``metrics``). ``macs`` counts one
     run of the example inputs. ``target`` is the fraction of the dense cost that the schedule allows in this round, and
-    ``kept`` tells for each layer how many of its output channels are left, and of how many.
+    ``kept`` tells for each layer how many of its output channels are left, and of how many. ``test`` is the accuracy on
+    data that decide nothing, None where nobody asked for it.
     """
 
     round: int
@@ -35,6 +36,7 @@ class RoundRecord:
     target: float
     metrics: Mapping[str, float]
     kept: Mapping[str, tuple[int, int]]
+    test: float | None = None
 
     def to_json(self) -> str:
         """The record as JSON; :meth:`from_json` gives an equal one back."""
@@ -73,6 +75,8 @@ def write_events(folder: Path, record: RoundRecord, scores: Mapping[str, np.ndar
     with SummaryWriter(str(partial)) as writer:
         for name in ("accuracy", "params", "macs", "latency_seconds"):
             writer.add_scalar(name, getattr(record, name), record.round)
+        if record.test is not None:
+            writer.add_scalar("test", record.test, record.round)
         for name, value in record.metrics.items() if len(record.metrics) > 1 else ():  # one metric is the accuracy
             writer.add_scalar(f"metrics/{name}", value, record.round)
         for layer, (left, total) in record.kept.items():
@@ -87,7 +91,7 @@ def write_events(folder: Path, record: RoundRecord, scores: Mapping[str, np.ndar
 
 
 def _write_table(path: Path, rounds: Sequence[Mapping[str, object]]) -> None:
-    columns = ("round", "accuracy", "params", "macs", "bytes", "latency_seconds", "target")
+    columns = ("round", "accuracy", "test", "params", "macs", "bytes", "latency_seconds", "target")
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
@@ -107,6 +111,8 @@ def _draw_curve(path: Path, records: Sequence[RoundRecord]) -> None:
     for axes, (name, size) in zip(panels, sizes.items(), strict=True):
         percent = [100 * value / max(size[0], 1) for value in size]
         axes.plot(percent, accuracy, marker="o", color="tab:blue")
+        if (test := [record.test for record in records])[0] is not None:
+            axes.plot(percent, test, marker="x", color="tab:orange", label="test, decides nothing")
         axes.axhline(accuracy[0], color="tab:gray", linestyle="--", linewidth=1, label="dense")
         for record, x in zip(records, percent, strict=True):
             axes.annotate(

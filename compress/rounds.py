@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
+from torch.optim import Optimizer
 
 from compress.artifact import load, save
 from compress.budget import Budget
+from compress.carry import Carry, OptimizerState, read_state
 from compress.cost import latencies, latency, measure
 from compress.errors import PruneError
 from compress.folder import commit_folder
@@ -30,6 +32,7 @@ from compress.schedule import Schedule, kept_fraction
 from compress.seeding import seed_everything
 
 MODEL, PLAN, SCORES, KEPT, RECORD = "model.safetensors", "plan.json", "scores.safetensors", "kept.json", "record.json"
+OPTIMIZER = "optimizer.safetensors"
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -51,12 +54,16 @@ class PruneOptions(TypedDict, total=False):
 class RoundContext:
     """What a ``train`` function may know: the round (from 1), a folder for its own checkpoints, and a seed.
 
-    The folder outlives a crash: a ``train`` that checkpoints in it goes on in the middle of a round.
+    The folder outlives a crash: a ``train`` that checkpoints in it goes on in the middle of a round. ``rounds`` is how
+    many there are. ``carry(optimizer)`` lets a new optimiser of the model go on where the last round's was; see
+    :class:`compress.carry.Carry`.
     """
 
     round: int
     folder: Path
     seed: int
+    rounds: int = 1
+    carry: Callable[[Optimizer], None] = lambda optimizer: None
 
 
 @dataclass(frozen=True)
@@ -78,11 +85,26 @@ class Recipe:
         """The fraction of the dense cost that is left after round ``index``."""
         return kept_fraction(self.schedule, self.budget.fraction, index, self.rounds)
 
-    def prune(self, model: nn.Module, example_inputs: Any, fraction: float, index: int) -> PruneResult:
-        """Prunes ``model`` to ``fraction`` of its own cost, as in round ``index``."""
+    def prune(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        fraction: float,
+        index: int,
+        optimizer: Optimizer | None = None,
+    ) -> PruneResult:
+        """Prunes ``model`` to ``fraction`` of its own cost, as in round ``index``; ``optimizer`` follows."""
         budget = Budget(**{self.budget.metric: fraction})
         seed = seed_everything(self.seed, index, "prune")
-        return prune(model, example_inputs, budget=budget, criterion=self.criterion, seed=seed, **self.options)
+        return prune(
+            model,
+            example_inputs,
+            budget=budget,
+            criterion=self.criterion,
+            seed=seed,
+            optimizer=optimizer,
+            **self.options,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,32 +132,37 @@ class Rounds:
         """The model after the round, in evaluation mode, and its plan against the dense model."""
         return _read(self.model, self.path(index))
 
-    def play(self, index: int, train: Callable[..., object], evaluate: Evaluate) -> None:
+    def play(self, index: int, train: Callable[..., object], evaluate: Evaluate, test: Evaluate | None = None) -> None:
         """Prunes and commits that on its own, then trains, evaluates, measures and commits the round."""
         pruned = self.folder / f"{index:02d}.pruned"
         if not pruned.exists():
             commit_folder(pruned, lambda partial: self._prune(partial, index))
         model, plan = _read(self.model, pruned)
-        if index > 0:
-            context = RoundContext(
-                index, self.folder / f"{index:02d}.train", seed_everything(self.recipe.seed, index, "train")
-            )
-            context.folder.mkdir(exist_ok=True)
-            model.train()
-            train(model, context) if _wants_context(train) else train(model)
+        optimizer = self._train(model, index, train, pruned) if index > 0 else None
         seed_everything(self.recipe.seed, index, "evaluate")
         metrics = _as_metrics(evaluate(model.eval()), index)
         record = RoundRecord(
             round=index,
-            accuracy=sum(metrics.values()) / len(metrics),
+            accuracy=_mean(metrics),
             **asdict(measure(model, self.example_inputs)),
             latency_seconds=self._latency(model, index),
             target=self.recipe.target(index),
             metrics=metrics,
             kept=json.loads((pruned / KEPT).read_text(encoding="utf-8")),
+            test=None if test is None else _mean(_as_metrics(test(model.eval()), index)),
         )
-        commit_folder(self.path(index), lambda partial: _write(partial, model, plan, record, pruned))
+        commit_folder(self.path(index), lambda partial: _write(partial, model, plan, record, pruned, optimizer))
         shutil.rmtree(pruned)
+
+    def _train(self, model: nn.Module, index: int, train: Callable[..., object], pruned: Path) -> OptimizerState | None:
+        """Trains, and returns the state of the optimiser that goes on to the next round."""
+        seed = seed_everything(self.recipe.seed, index, "train")
+        carry = Carry(model, read_state(pruned / OPTIMIZER, model))
+        context = RoundContext(index, self.folder / f"{index:02d}.train", seed, self.recipe.rounds, carry)
+        context.folder.mkdir(exist_ok=True)
+        model.train()
+        train(model, context) if _wants_context(train) else train(model)
+        return carry.state()
 
     def _latency(self, model: nn.Module, index: int) -> float:
         """Seconds of a forward pass; of a pruned model, in the seconds of round 0.
@@ -156,10 +183,13 @@ class Rounds:
             totals = self.record(index - 1).kept
             # At most 1: the last round may have overshot its target by a lump, and be below this one already.
             fraction = min(1.0, self.recipe.target(index) / self._remaining(index - 1, plan))
-        result = self.recipe.prune(model, self.example_inputs, fraction, index)
+        optimizer = read_state(self.path(index - 1) / OPTIMIZER, model)
+        result = self.recipe.prune(model, self.example_inputs, fraction, index, optimizer)
         if index > 0:  # round 0 is the dense model as it was given: recovery would touch its statistics
             model, plan = result.model, plan.then(result.plan)
         kept = {name: (left, totals.get(name, (left, total))[1]) for name, (left, total) in result.kept.items()}
+        if optimizer is not None:
+            optimizer.save(folder / OPTIMIZER, model)
         save(model, folder / MODEL, plan=plan)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
         (folder / KEPT).write_text(json.dumps(kept), encoding="utf-8")
@@ -180,8 +210,17 @@ def _read(dense: nn.Module, folder: Path) -> tuple[nn.Module, PrunePlan]:
     return load(dense, folder / MODEL).eval(), plan
 
 
-def _write(folder: Path, model: nn.Module, plan: PrunePlan, record: RoundRecord, pruned: Path) -> None:
+def _write(
+    folder: Path,
+    model: nn.Module,
+    plan: PrunePlan,
+    record: RoundRecord,
+    pruned: Path,
+    optimizer: OptimizerState | None,
+) -> None:
     save(model, folder / MODEL, plan=plan)
+    if optimizer is not None:
+        optimizer.save(folder / OPTIMIZER, model)
     shutil.copyfile(pruned / PLAN, folder / PLAN)
     shutil.copyfile(pruned / SCORES, folder / SCORES)
     (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
@@ -196,6 +235,10 @@ def _as_metrics(value: float | Mapping[str, float], index: int) -> dict[str, flo
             "where training diverged, lower the learning rate"
         )
     return metrics
+
+
+def _mean(metrics: Mapping[str, float]) -> float:
+    return sum(metrics.values()) / len(metrics)
 
 
 def _wants_context(train: Callable[..., object]) -> bool:

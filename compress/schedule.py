@@ -31,6 +31,15 @@ def exponential(final: float, progress: float) -> float:
     return final**progress
 
 
+def prepared(schedule: str | Schedule, rounds: int) -> Schedule:
+    """One round that removes nothing, then ``schedule`` over ``rounds``: a schedule for ``rounds + 1``.
+
+    >>> [kept_fraction(prepared("linear", 2), 0.5, index, 3) for index in range(4)]
+    [1.0, 1.0, 0.75, 0.5]
+    """
+    return lambda final, progress: kept_fraction(schedule, final, max(round(progress * (rounds + 1)) - 1, 0), rounds)
+
+
 SCHEDULES: dict[str, Schedule] = {
     "one_shot": one_shot,
     "linear": linear,

@@ -11,27 +11,38 @@ True
 """
 
 from mtl import data
+from mtl.callbacks import Callback
+from mtl.comparison import Comparison, Method, compare
 from mtl.distillation import Distillation
 from mtl.evaluation import evaluate
 from mtl.history import Epoch, History
+from mtl.metrics import delta_m
 from mtl.options import FitOptions
-from mtl.sharing import HardShared, L2Coupling, SoftShared, TraceNorm
+from mtl.sharing import HardShared, L2Coupling, SoftShared, TraceNorm, UnionSoftmax
 from mtl.task import Task
-from mtl.trainer import fit
-from mtl.weighting import Weighting
+from mtl.trainer import fit, restore
+from mtl.weighting import GradientWeighting, Weighting
 
 __all__ = [
+    "Callback",
+    "Comparison",
     "Distillation",
     "Epoch",
     "FitOptions",
+    "GradientWeighting",
     "HardShared",
     "History",
     "L2Coupling",
+    "Method",
     "SoftShared",
     "Task",
     "TraceNorm",
+    "UnionSoftmax",
     "Weighting",
+    "compare",
     "data",
+    "delta_m",
     "evaluate",
     "fit",
+    "restore",
 ]

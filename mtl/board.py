@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -38,11 +39,21 @@ class Board:
             self._writer.close()
 
     def write(self, row: Epoch) -> None:
-        """``lr`` and ``loss/``, ``train/``, ``validation/``, ``weight/`` + task, at step = epoch; on disk at return."""
+        """``lr``, ``score``, ``delta_m``, and ``loss/``, ``train/``, ``validation/``, ``weight/``, ``skipped/`` + task,
+        ``cosine/`` + pair of tasks, at step = epoch; on disk at return."""
         if self._writer is None:
             return
-        self._writer.add_scalar("lr", row.lr, row.epoch)
-        groups = {"loss": row.loss, "train": row.train, "validation": row.validation, "weight": row.weights}
+        for name, number in {"lr": row.lr, "score": row.score, "delta_m": row.delta_m}.items():
+            if number is not None:
+                self._writer.add_scalar(name, number, row.epoch)
+        groups: dict[str, Mapping[str, float]] = {
+            "loss": row.loss,
+            "train": row.train,
+            "validation": row.validation,
+            "weight": row.weights,
+            "skipped": row.skipped,
+            "cosine": row.cosines,
+        }
         for group, values in groups.items():
             for task, value in values.items():
                 self._writer.add_scalar(f"{group}/{task}", value, row.epoch)

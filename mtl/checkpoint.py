@@ -23,12 +23,12 @@ class RunFolder:
 
     Args:
         path: of the folder; it is made when the first state is saved
-        signature: nested dicts and plain values that say which run this is
+        signature: nested dicts and plain values that say which run this is; None to read any
     """
 
-    def __init__(self, path: str | os.PathLike[str], signature: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], signature: Mapping[str, Any] | None) -> None:
         self.path = Path(path)
-        self._signature = dict(_flat(signature))
+        self._signature = dict(_flat(signature)) if signature is not None else None
 
     def load(self) -> dict[str, Any] | None:
         """The last state saved, on the CPU; None if there is none.
@@ -50,7 +50,8 @@ class RunFolder:
             ) from None
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
             raise ValueError(f"{file} is not a state of format {_FORMAT}: use another folder")
-        self._check(saved["signature"])
+        if self._signature is not None:
+            self._check(saved["signature"], self._signature)
         state = saved["state"]
         assert isinstance(state, dict)
         return state
@@ -65,8 +66,7 @@ class RunFolder:
             os.fsync(file.fileno())
         os.replace(temporary, self.path / _FILE)
 
-    def _check(self, there: Mapping[str, Any]) -> None:
-        here = self._signature
+    def _check(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         keys = [key for key in [*here, *(key for key in there if key not in here)] if there.get(key) != here.get(key)]
         if keys:
             shown = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in keys[:_SHOWN])

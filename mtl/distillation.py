@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtl.batch import by_task, call
+from mtl.batch import Batch, forward
 from mtl.task import Task
 
 
@@ -40,10 +39,10 @@ class Distillation:
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, but it must be above 0")
 
-    def outputs(self, inputs: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
+    def outputs(self, batch: Batch, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """What the teacher says, by task, without a graph."""
         with torch.no_grad():
-            return by_task(call(self.teacher, inputs), tasks, "output of the teacher")
+            return forward(self.teacher, batch, tasks)
 
     def mixed(
         self,
@@ -57,6 +56,7 @@ class Distillation:
             task.name: (1 - self.weight) * losses[task.name]
             + self.weight * self._distance(outputs[task.name], taught[task.name], task)
             for task in tasks
+            if task.name in losses
         }
 
     def _distance(self, output: Tensor, taught: Tensor, task: Task) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mtl.batch import by_task, call, device_of, mode, unpack
+from mtl.batch import device_of, forward, mode
+from mtl.sampling import batches_of
 from mtl.task import Task, check_tasks
 
 if TYPE_CHECKING:
@@ -21,30 +22,34 @@ def evaluate(model: nn.Module, tasks: Task | Sequence[Task], data: Iterable[Any]
     Args:
         model: gives ``{task: output}``, or a tensor where there is one task; left in the modes that it was given in
         tasks: one or more
-        data: batches ``(input, target)``; target is a tensor (one task) or ``{task: tensor}``
+        data: batches ``(input, target)``; target is a tensor (one task) or ``{task: tensor}``; or ``{task: batches}``
+            where each task has data of its own. Missing labels do not count
 
     Returns:
         ``{task: metric}``; accuracies are fractions in [0, 1].
 
     Raises:
-        ValueError: if the data are empty, or an output or target is missing.
+        ValueError: if the data are empty, a task has no label in them, or an output or target is missing.
     """
     tasks = check_tasks(tasks)
     device = device_of(model)
     metrics = {task.name: task.new_metric().to(device) for task in tasks}
+    for metric in metrics.values():
+        metric.sync_on_compute = False  # every process has seen all of the data
     empty = True
     with torch.no_grad(), mode(model, training=False):
-        for batch in data:
-            inputs, target = unpack(batch, device)
-            outputs, targets = (
-                by_task(call(model, inputs), tasks, "output of the model"),
-                by_task(target, tasks, "target"),
-            )
-            for name, metric in metrics.items():
-                metric.update(outputs[name], targets[name])
+        for batch in batches_of(data, tasks):
+            batch = batch.to(device)
+            outputs = forward(model, batch, tasks)
+            for task in tasks:
+                if task.name in batch.labels:
+                    metrics[task.name].update(*task.pair(outputs[task.name], batch.labels[task.name]))
             empty = False
     if empty:
         raise ValueError("the data to evaluate on are empty: give at least one batch (a used-up generator gives none)")
+    for name, metric in metrics.items():
+        if not metric.update_called:
+            raise ValueError(f"task {name!r}: the data to evaluate on have no label for it")
     return compute(metrics)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from mtl.sampling import Sampling
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "onecycle", "constant"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Switch = Literal["auto", "on", "off"]
+Keep = Literal["last", "best"]
+OnNan = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,20 @@ class FitOptions:
         label_smoothing: in [0, 1); for tasks whose loss is ``nn.CrossEntropyLoss``, in training only
         ema_decay: in (0, 1), such as 0.999 a step: the model ends with the exponential moving average of its weights
             and buffers; default: no average
+        task_lr: factor on the learning rate of what belongs to one task alone, by task, > 0
+        accumulate: batches whose mean gradient makes one step, >= 1
+        sampling: how often each task is seen where every task has data of its own; see ``mtl.sampling.num_batches``.
+            An epoch has as many batches as all tasks' data together: "proportional" shows every sample once, "uniform"
+            shows all tasks equally often and repeats small data sets, "sqrt" is in between. Without effect where one
+            data set has all labels: an epoch is every batch once
+        patience: stop after so many epochs without a better validation score, >= 1; default: never
+        monitor: the task whose metric is the validation score; default: the mean over tasks, of metrics of which more
+            is better as they are, and of others as a fraction of the first epoch's, negated
+        keep: "last", or "best": the model ends with the weights of the epoch with the best validation score
+        on_nan: what to do where a task's loss is not finite: "stop" with an error that names task and batch, or "skip"
+            that task in that batch
+        reference: metric of each task to compare with in ``History`` and TensorBoard, such as that of single-task
+            training: see ``mtl.delta_m``
         max_grad_norm: clip the gradient to this 2-norm, > 0; default: no clipping
         precision: of the forward pass in training. "auto" is bf16 on CUDA, and on a CPU with bf16 instructions for
             models with convolutions; else fp32. Evaluation is always in the model's own precision
@@ -50,6 +69,14 @@ class FitOptions:
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     max_grad_norm: float | None = None
+    task_lr: Mapping[str, float] | None = None
+    accumulate: int = 1
+    sampling: Sampling = "proportional"
+    patience: int | None = None
+    monitor: str | None = None
+    keep: Keep = "last"
+    on_nan: OnNan = "stop"
+    reference: Mapping[str, float] | None = None
     precision: Precision = "auto"
     channels_last: Switch = "auto"
     seed: int = 0
@@ -63,6 +90,9 @@ class FitOptions:
             ("schedule", Schedule),
             ("precision", Precision),
             ("channels_last", Switch),
+            ("sampling", Sampling),
+            ("keep", Keep),
+            ("on_nan", OnNan),
         ):
             choices = get_args(kind)
             _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
@@ -79,6 +109,10 @@ class FitOptions:
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         _require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1)")
         _require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+        for task, factor in (self.task_lr or {}).items():
+            _require(0 < factor < math.inf, f"task_lr of {task!r}", factor, "a number above 0")
+        _require(self.accumulate >= 1, "accumulate", self.accumulate, "at least 1")
+        _require(self.patience is None or self.patience >= 1, "patience", self.patience, "at least 1")
         _require(self.seed >= 0, "seed", self.seed, "an integer >= 0")
         _require(self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, "at least 1")
 

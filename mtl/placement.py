@@ -39,13 +39,9 @@ class Placement:
         channels-last, 153 bf16, 142 both; two threads 241, 133, 84, 77.
 
         Raises:
-            ValueError: if the device does not exist, or there are several processes.
+            ValueError: if the device does not exist.
         """
-        state = PartialState()
-        if state.num_processes > 1:
-            raise ValueError(
-                f"fit runs in one process, but there are {state.num_processes}: start it without a launcher"
-            )
+        state = PartialState()  # starts torch.distributed under a launcher
         device = _existing(state.device if options.device == "auto" else options.device)
         convolutional = any(axes == 4 for _, axes in weight_axes(model))
         precision = options.precision

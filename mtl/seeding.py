@@ -17,20 +17,24 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "big") >> 1
 
 
-def seed_epoch(data: Iterable[Any], seed: int, epoch: int) -> None:
-    """Seed PyTorch, NumPy and Python, and the data's own order, for one epoch.
-
-    ``data`` may have ``set_epoch`` (as ``mtl.data.TensorLoader`` and distributed samplers have), or be a ``DataLoader``
-    whose sampler draws from the global state or from a generator of its own.
-    """
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Seed PyTorch, NumPy and Python for one epoch."""
     value = epoch_seed(seed, epoch)
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002  the global state is what users' transforms draw from
     torch.manual_seed(value)
+
+
+def seed_data(data: Iterable[Any], seed: int, epoch: int) -> None:
+    """Seed the data's own order for one epoch.
+
+    ``data`` may have ``set_epoch`` (as ``mtl.data.TensorLoader`` and distributed samplers have), or be a ``DataLoader``
+    whose sampler draws from the global state or from a generator of its own.
+    """
     for part in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
         generator = getattr(part, "generator", None)
         if isinstance(generator, torch.Generator):
-            generator.manual_seed(value)
+            generator.manual_seed(epoch_seed(seed, epoch))
         if callable(set_epoch := getattr(part, "set_epoch", None)):
             set_epoch(epoch)
 

@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mtl.batch import by_task, call, mode, unpack
+from mtl.batch import mode
 from mtl.board import Board
+from mtl.callbacks import Callback
 from mtl.checkpoint import RunFolder
 from mtl.distillation import Distillation
-from mtl.ema import ModelAverage
-from mtl.evaluation import compute, evaluate
+from mtl.epoch import Epochs
 from mtl.history import Epoch, History
-from mtl.optimizer import build_optimizer
 from mtl.options import FitOptions
 from mtl.placement import Placement
-from mtl.progress import STEPS_PER_UPDATE, Report
-from mtl.schedule import lr_factor
-from mtl.seeding import preserved_rng, seed_epoch
-from mtl.sharing.soft import SoftShared
+from mtl.progress import Report
+from mtl.sampling import steps_of
+from mtl.seeding import preserved_rng
+from mtl.signature import signature
+from mtl.step import Penalty, Stepper
 from mtl.task import Task, check_tasks
 from mtl.weighting import Weighting, resolve
-
-# They change where or how loudly a run works, not which run it is.
-_NOT_IN_SIGNATURE = ("device", "num_threads", "progress")
 
 
 def fit(
     model: nn.Module,
     tasks: Task | Sequence[Task],
-    data: Iterable[Any],
+    data: Iterable[Any] | Mapping[str, Iterable[Any]],
     epochs: int = 10,
     *,
     weighting: str | Mapping[str, float] | Weighting = "equal",
-    validation: Iterable[Any] | None = None,
+    validation: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
     folder: str | os.PathLike[str] | None = None,
     options: FitOptions | None = None,
     distillation: Distillation | None = None,
+    penalty: Penalty | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> History:
     """Train the model in place.
 
@@ -53,19 +49,28 @@ def fit(
     unfinished epoch and ends with bitwise the same numbers (on one machine with as many threads); a finished folder
     gives its model and history at once. The folder also holds TensorBoard events.
 
+    Under ``torchrun`` or ``accelerate launch`` each process takes its part of every batch, and the numbers are those of
+    one process up to rounding: see ``mtl.processes``. Batch norm sees a process's part only.
+
     Args:
         model: gives ``{task: output}``, or a tensor where there is one task. Afterwards its modules are in the modes,
             and its parameters on the device and in the layout, that they were given in
         tasks: one or more
         data: batches ``(input, target)`` with a length, to be iterated every epoch (a ``DataLoader``, a
             ``mtl.data.TensorLoader``, a list); input is a tensor, a tuple of positional or a dict of keyword arguments;
-            target is a tensor (one task) or ``{task: tensor}``
+            target is a tensor (one task) or ``{task: tensor}``. Or ``{task: such data}``, where every task has data of
+            its own; what an epoch is then, ``FitOptions.sampling`` says
         epochs: how many, >= 0
-        weighting: "equal", "uncertainty", a factor per task, or a ``Weighting``
+        weighting: "equal", "uncertainty", "dwa", "gradnorm", "random", "geometric"; "pcgrad", "mgda", "cagrad", "imtl",
+            "nash", "upgrad" or "aligned" (extra ``gradients``); a factor per task; or a ``Weighting``
         validation: data in the same form, evaluated after each epoch
         folder: of this run only
         options: everything else
         distillation: a teacher to learn from as well
+        penalty: ``penalty(model, progress)`` is a scalar that every step adds to the loss; ``progress`` is the part of
+            the steps that is done, in [0, 1)
+        callbacks: called after steps and epochs; those that change the model must do so by (seed, epoch) alone for a
+            resumed run to end with the same numbers
 
     Returns:
         Loss and metrics of each epoch.
@@ -81,17 +86,14 @@ def fit(
         0.0
     """
     tasks, options = check_tasks(tasks), options or FitOptions()
-    num_steps = _length(data)
-    if epochs < 0:
-        raise ValueError(f"epochs is {epochs}, but it must be at least 0")
+    steps = steps_of(data, tasks, options.sampling)
+    _check(tasks, options, epochs, validation)
     combine = resolve(weighting, [task.name for task in tasks])
-    signature = _signature(model, tasks, combine, options)
-    if distillation is not None:
-        signature["distillation"] = {"weight": distillation.weight, "temperature": distillation.temperature}
-    signature |= {"epochs": epochs, "batches": num_steps, "validation": validation is not None}
-    store = RunFolder(folder, signature) if folder is not None else None
-    saved = store.load() if store is not None else None
+    run = signature(model, tasks, combine, options, distillation, penalty)
+    run |= {"epochs": epochs, "batches": len(steps), "validation": validation is not None}
     placement = Placement.choose(model, options)
+    store = RunFolder(folder, run) if folder is not None else None
+    saved = store.load() if store is not None else None
     if saved is not None:
         placement = placement.kept(saved["precision"], saved["channels_last"])
 
@@ -101,202 +103,145 @@ def fit(
         for module, training in ((model, True), *([(distillation.teacher, False)] if distillation else [])):
             stack.enter_context(placement.applied_to(module))
             stack.enter_context(mode(module, training=training))
-        trainer = _Trainer(model, tasks, combine, options, placement, num_steps * epochs)
-        trainer.distillation = distillation
-        history = History()
+        stepper = Stepper(model, tasks, combine, options, placement, distillation, penalty)
+        progress = _Progress(stepper, epochs, store)
         if saved is not None:
-            trainer.load_state_dict(saved["trainer"])
-            history = History.from_json(saved["history"])
-        if len(history) < epochs:
-            first = len(history) + 1
-            with (
-                Board(folder, first) as board,
-                Report(num_steps * epochs, num_steps * len(history), enabled=options.progress) as report,
-            ):
-                if first == 1:
-                    board.spectra(model, 0)
-                for epoch in range(first, epochs + 1):
-                    row = trainer.run_epoch(data, validation, epoch, report)
-                    history = History((*history.epochs, row))
-                    board.write(row)
-                    board.spectra(model, epoch)
-                    if store is not None:
-                        numbers = {"precision": placement.precision, "channels_last": placement.channels_last}
-                        store.save({**numbers, "trainer": trainer.state_dict(), "history": history.to_json()})
-                    report.epoch(row, epochs)
-        trainer.finish()
-    return history
+            progress.load(saved)
+        done = len(progress.history)
+        if not progress.is_over:
+            first = stepper.processes.is_first
+            board = stack.enter_context(Board(folder if first else None, done + 1))
+            batches = len(steps) * epochs, len(steps) * done
+            report = stack.enter_context(Report(*batches, enabled=options.progress and first))
+            several = folder is not None and len(tasks) > 1
+            loop = Epochs(stepper, steps, validation, epochs, report, callbacks, several)
+            if not done:
+                board.spectra(model, 0)
+            while not progress.is_over:
+                row = loop.run(len(progress.history) + 1, progress.first_row, check=len(progress.history) == done)
+                wish = [callback.after_epoch(model, row) for callback in callbacks]
+                board.write(row)
+                board.spectra(model, row.epoch)
+                progress.add(row, stop=any(wish))
+                report.epoch(row, epochs)
+        progress.finish()
+    return progress.history
 
 
-class _Trainer:
-    """The state of a run between epochs, and what one epoch does to it."""
+def restore(model: nn.Module, folder: str | os.PathLike[str], which: str = "best") -> None:
+    """Give the model the weights of a run that ``fit`` left in a folder.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tasks: Sequence[Task],
-        combine: Weighting,
-        options: FitOptions,
-        placement: Placement,
-        total_steps: int,
-    ) -> None:
-        self.model, self.tasks, self.options, self.placement = model, tasks, options, placement
-        self.combine = combine.to(placement.device)
-        self.losses = {task.name: _training_loss(task, options.label_smoothing) for task in tasks}
-        self.optimizer = build_optimizer(model, self.combine, options)
-        self.scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.precision == "fp16")
-        self.average = ModelAverage(model, options.ema_decay) if options.ema_decay is not None else None
-        self.distillation: Distillation | None = None
-        self.total_steps = total_steps
-        self.step = 0
+    Args:
+        model: of the run's class and sizes
+        folder: of the run
+        which: "best" by the validation score, or "last"
 
-    def run_epoch(self, data: Iterable[Any], validation: Iterable[Any] | None, epoch: int, report: Report) -> Epoch:
-        """Train on all of the data once, then evaluate."""
-        start = time.perf_counter()
-        seed_epoch(data, self.options.seed, epoch)
-        steps_before = self.step
-        warmup_steps = self.options.warmup_epochs * _length(data)
-        sums: dict[str, Tensor] = {}
-        metrics = {task.name: task.new_metric().to(self.placement.device) for task in self.tasks}
-        num_samples, lr = 0, 0.0
-        for batch in data:
-            inputs, target = unpack(batch, self.placement.device)
-            targets = by_task(target, self.tasks, "target")
-            lr = self.options.peak_lr * lr_factor(self.options.schedule, self.step, self.total_steps, warmup_steps)
-            outputs, losses = self._train_step(inputs, targets, lr)
-            batch_size = len(next(iter(targets.values())))
-            num_samples += batch_size
-            for name, loss in losses.items():
-                share = loss.detach() * batch_size
-                sums[name] = sums[name] + share if name in sums else share
-                metrics[name].update(outputs[name].detach(), targets[name])
-            if report.live and self.step % STEPS_PER_UPDATE == 0:
-                text = " ".join(f"{name} {float(total) / num_samples:.3f}" for name, total in sums.items())
-                report.steps(STEPS_PER_UPDATE, f"epoch {epoch}  loss {text}  lr {lr:.2g}")
-        _check_epoch(sums, epoch, self.step - steps_before, _length(data))
-        return Epoch(
-            epoch=epoch,
-            lr=lr,
-            loss={name: float(total) / num_samples for name, total in sums.items()},
-            train=compute(metrics),
-            validation=self._evaluate(validation) if validation is not None else {},
-            weights=self.combine.weights(),
-            seconds=time.perf_counter() - start,
+    Raises:
+        ValueError: where there is no run, the run had no validation data to choose the best by, or the weights do not
+            fit.
+    """
+    if which not in ("best", "last"):
+        raise ValueError(f"which is {which!r}, but it must be 'best' or 'last'")
+    saved = RunFolder(folder, None).load()
+    if saved is None:
+        raise ValueError(f"{os.fspath(folder)} holds no run of mtl.fit")
+    found = saved["best"] if which == "best" else saved["stepper"]
+    if found is None:
+        raise ValueError(
+            f"the run in {os.fspath(folder)} had no validation data, so there is no best: use which='last'"
         )
+    try:
+        model.load_state_dict(found["model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model in {os.fspath(folder)} is another: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    if which == "last" and found["average"] is not None:
+        with torch.no_grad():
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.copy_(found["average"]["average"][name])
 
-    def _train_step(
-        self, inputs: Any, targets: Mapping[str, Tensor], lr: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with self.placement.autocast():
-            values = call(self.model, inputs)
-            taught = self.distillation.outputs(inputs, self.tasks) if self.distillation is not None else {}
-        outputs = by_task(values, self.tasks, "output of the model")
-        losses = {name: loss(outputs[name], targets[name]) for name, loss in self.losses.items()}
-        if self.distillation is not None:
-            losses = self.distillation.mixed(losses, outputs, taught, self.tasks)
-        self.optimizer.zero_grad()
-        total = self.combine(losses)
-        if isinstance(self.model, SoftShared):
-            total = total + self.model.penalty()
-        self.scaler.scale(total).backward()
-        if self.options.max_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if isinstance(self.model, SoftShared):
-            self.model.proximal_step(lr)
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.model)
-        return outputs, losses
 
-    def _evaluate(self, data: Iterable[Any]) -> dict[str, float]:
-        if self.average is None:
-            return evaluate(self.model, self.tasks, data)
-        with self.average.applied_to(self.model):
-            return evaluate(self.model, self.tasks, data)
+class _Progress:
+    """How far a run is: its history, the best epoch's weights, and whether it is over; saved after each epoch."""
+
+    def __init__(self, stepper: Stepper, epochs: int, store: RunFolder | None) -> None:
+        self._stepper, self._epochs, self._store = stepper, epochs, store
+        self._stopped = False
+        self._best: dict[str, Any] | None = None
+        self.history = History()
+
+    @property
+    def first_row(self) -> Epoch | None:
+        """None before the first epoch."""
+        return self.history[0] if self.history else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs are done, the score has not risen for long, or a callback ended the run."""
+        patience, best = self._stepper.options.patience, self.history.best
+        waited = len(self.history) - best.epoch if best is not None else 0
+        return self._stopped or len(self.history) >= self._epochs or (patience is not None and waited >= patience)
+
+    def add(self, row: Epoch, *, stop: bool) -> None:
+        """An epoch is done."""
+        self.history = History((*self.history.epochs, row))
+        self._stopped = stop
+        if self.history.best is row:
+            with self._stepper.averaged():
+                weights = {name: _copy(value) for name, value in self._stepper.model.state_dict().items()}
+            self._best = {"epoch": row.epoch, "model": weights}
+        if self._store is not None:
+            if self._stepper.processes.is_first:
+                self._store.save(self._state())
+            self._stepper.processes.wait()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._stepper.load_state_dict(state["stepper"])
+        self.history = History.from_json(state["history"])
+        self._best, self._stopped = state["best"], state["stopped"]
 
     def finish(self) -> None:
-        """The averaged weights are the result, where an average was asked for and there is one."""
-        if self.average is not None and self.average.num_updates:
-            self.average.write_to(self.model)
+        """The model gets the weights that it should end with: the best epoch's, or the average where there is one."""
+        average = self._stepper.average
+        if self._stepper.options.keep == "best" and self._best is not None:
+            self._stepper.model.load_state_dict(self._best["model"])
+        elif average is not None and average.num_updates:
+            average.write_to(self._stepper.model)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next epoch depends on: random numbers do not belong to it, see ``seed_epoch``."""
-        average = self.average.state_dict() if self.average is not None else None
+    def _state(self) -> dict[str, Any]:
+        placement = self._stepper.placement
         return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "weighting": self.combine.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "average": average,
+            "precision": placement.precision,
+            "channels_last": placement.channels_last,
+            "stepper": self._stepper.state_dict(),
+            "history": self.history.to_json(),
+            "best": self._best,
+            "stopped": self._stopped,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.combine.load_state_dict(state["weighting"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+
+def _check(tasks: Sequence[Task], options: FitOptions, epochs: int, validation: object) -> None:
+    names = [task.name for task in tasks]
+    if epochs < 0:
+        raise ValueError(f"epochs is {epochs}, but it must be at least 0")
+    for option, used in (
+        ("monitor", [options.monitor] if options.monitor is not None else []),
+        ("task_lr", list(options.task_lr or {})),
+        ("reference", list(options.reference or {})),
+    ):
+        if unknown := sorted(set(used) - set(names)):
+            raise ValueError(f"{option} names {unknown[0]!r}, which is no task: the tasks are {names}")
+    if zero := [name for name, value in (options.reference or {}).items() if value == 0]:
+        raise ValueError(f"reference of task {zero[0]!r} is 0, of which nothing is a fraction: leave the task out")
+    if validation is None and (options.keep == "best" or options.patience is not None):
+        wish = 'keep="best"' if options.keep == "best" else f"patience={options.patience}"
+        raise ValueError(f"{wish} chooses by validation data, but there are none: pass validation=")
 
 
-def _length(data: Iterable[Any]) -> int:
-    try:
-        length = len(data)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(
-            f"the data ({type(data).__name__}) have no length, and every epoch iterates them: give a DataLoader over a "
-            "sized data set, an mtl.data.TensorLoader or a list of batches"
-        ) from None
-    if length == 0:
-        raise ValueError("the data hold no batch: there is nothing to train on")
-    return length
-
-
-def _signature(model: nn.Module, tasks: Sequence[Task], combine: Weighting, options: FitOptions) -> dict[str, Any]:
-    return {
-        "options": {name: value for name, value in asdict(options).items() if name not in _NOT_IN_SIGNATURE},
-        "tasks": {task.name: f"{_described(task.loss)}, {type(task.metric).__name__}" for task in tasks},
-        "weighting": f"{type(combine).__name__}({combine.extra_repr()})",
-        "coupling": repr(model.coupling) if isinstance(model, SoftShared) else None,
-        "model": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
-    }
-
-
-def _described(loss: Callable[..., Any]) -> str:
-    if not isinstance(loss, nn.Module):
-        return getattr(loss, "__qualname__", type(loss).__name__)
-    settings = {name: value for name, value in vars(loss).items() if isinstance(value, int | float | str)}
-    shown = (f"{name}={value}" for name, value in sorted(settings.items()) if name != "training" and name[0] != "_")
-    return f"{type(loss).__name__}({', '.join(shown)})"
-
-
-def _training_loss(task: Task, label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
-    if label_smoothing == 0 or not isinstance(task.loss, nn.CrossEntropyLoss):
-        return task.loss
-    loss = copy.copy(task.loss)
-    loss.label_smoothing = label_smoothing
-    return loss
-
-
-def _check_epoch(sums: Mapping[str, Tensor], epoch: int, num_steps: int, expected: int) -> None:
-    if num_steps != expected:
-        raise ValueError(
-            f"the data gave {num_steps} batches in epoch {epoch}, but their length is {expected}: make them agree"
-        )
-    for name, total in sums.items():
-        if not torch.isfinite(total):
-            raise ValueError(
-                f"task {name!r}: the loss is {float(total)} in epoch {epoch}; check inputs and targets, lower lr, or "
-                "set max_grad_norm"
-            )
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager

@@ -8,9 +8,13 @@ COMMANDS = {
     "prune": "prune a model to a budget, in rounds of pruning and training",
     "sensitivity": "show what each layer costs in accuracy when it alone is pruned",
     "inspect": "show what can be removed from a model, and why the rest cannot",
+    "train-mtl": "train several tasks together and apart, and show what sharing gains",
     "demo": "train, prune, retrain and reload a small network on the digits of scikit-learn",
 }
-MODULES = {"inspect": "inspect_model"}  # scripts/inspect.py would shadow the standard library's
+MODULES = {
+    "inspect": "inspect_model",
+    "train-mtl": "train_mtl",
+}  # scripts/inspect.py would shadow the standard library's
 
 
 def main(argv: Sequence[str] | None = None) -> int:

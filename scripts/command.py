@@ -10,7 +10,17 @@ from jsonargparse import ArgumentParser
 
 BAD_INPUT = 2  # exit status
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-LISTS = ("--mean", "--std", "--input_shape", "--criteria", "--ratios")  # flags that take several values
+LISTS = (
+    "--mean",
+    "--std",
+    "--input_shape",
+    "--criteria",
+    "--ratios",
+    "--methods",
+    "--targets",
+    "--features",
+    "--classes",
+)  # flags that take several values
 
 
 class FlagParser(ArgumentParser):

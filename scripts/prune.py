@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import compress
 from compress.checkpoint import load_state_dict, read_state_dict
-from compress.criteria import needs, resolve
+from compress.criteria import Criterion, needs, resolve
 from compress.errors import first_line
 from compress.loop import RunResult
 from compress.report import RoundRecord
 from compress.rounds import RoundContext
-from compress.schedule import kept_fraction
+from compress.schedule import kept_fraction, prepared
 from compress.seeding import seed_everything
 from mtl import Distillation, FitOptions, Task, evaluate, fit
 from mtl.data import ImageData
@@ -39,51 +39,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: PruneConfig) -> RunResult:
     """Prunes as ``config`` says, prints a table a round, and returns the result. Bad input is a ``ValueError``."""
     criterion = find_criterion(config.criterion)
-    wanted = needs(resolve(criterion))
-    # How often a channel is used must be asked on images that the model was not trained on.
-    split = config.calibration or ("validation" if wanted else "train")
-    on_data = bool(wanted) or config.recover
     data = open_data(
-        config.data,
-        mean=config.mean,
-        std=config.std,
-        image_size=config.image_size,
-        validation=0.1 if on_data and split == "validation" else 0.0,
+        config.data, mean=config.mean, std=config.std, image_size=config.image_size, validation=config.validation
     )
+    held_out = data.validation is not None
+    if config.max_drop is not None and not held_out:
+        raise ValueError("--max-drop needs validation images, since test images decide nothing: give --validation 0.1")
     model, example = model_and_example(config, data)
     folder, stop = Path(config.folder), None if config.max_drop is None else compress.StopRule(config.max_drop)
-    options: dict[str, Any] = {"budget": config.budget, "criterion": criterion, "scope": config.scope}
-    options["round_to"] = config.round_to
-    if on_data:
-        size = GRADIENT_BATCH_SIZE if "gradients" in wanted else CALIBRATION_BATCH_SIZE
-        limit = size * config.calibration_batches
-        batches = data.loader(split, batch_size=size, shuffle=False, augment=False, limit=limit, seed=config.seed)
-        options |= {"calibration": batches, "recover": config.recover}
+    pruning: dict[str, Any] = {"budget": config.budget, "criterion": criterion, "scope": config.scope}
+    pruning |= {"round_to": config.round_to, **_calibration(config, data, criterion)}
     if not (folder / CONFIG_FILE).exists():  # what cannot work fails before anything is written
         kept_fraction(config.schedule, config.budget.fraction, 0, config.rounds)
-        compress.prune(model, example, seed=config.seed, **options)
+        compress.prune(model, example, seed=config.seed, **pruning)
     claim_folder(folder, config)
     if config.checkpoint is None:
         _train(config, data, model, RoundContext(0, folder / "dense", config.seed))
     teacher = Distillation(teacher=model, weight=config.distill, temperature=TEMPERATURE) if config.distill else None
+    pressed = config.sparsity > 0  # channels are pressed before the first of them go, in a round of its own
+    rounds = config.rounds + pressed
     records: list[RoundRecord] = []
 
     def on_round(record: RoundRecord) -> None:
         records.append(record)
-        print_round(record, records[0], config.rounds)
+        print_round(record, records[0], rounds)
+
+    def train(pruned: nn.Module, context: RoundContext) -> None:
+        more = pressed and context.round < context.rounds  # after the last round nothing is removed
+        penalty = compress.GroupLasso(compress.trace(pruned, example), config.sparsity) if more else None
+        _train(config, data, pruned, context, distillation=teacher, penalty=penalty)
+
+    def accuracy(pruned: nn.Module, split: str) -> float:
+        return evaluate(pruned, TASK, data.loader(split, batch_size=TEST_BATCH_SIZE))[TASK.name]
 
     result = compress.iterate(
         model,
         example,
-        train=lambda pruned, context: _train(config, data, pruned, context, teacher),
-        evaluate=lambda pruned: evaluate(pruned, TASK, data.loader("test", batch_size=TEST_BATCH_SIZE))[TASK.name],
-        rounds=config.rounds,
-        schedule=config.schedule,
+        train=train,
+        evaluate=lambda pruned: accuracy(pruned, "validation" if held_out else "test"),
+        test=(lambda pruned: accuracy(pruned, "test")) if held_out else None,
+        rounds=rounds,
+        schedule=prepared(config.schedule, config.rounds) if pressed else config.schedule,
         stop=stop,
         folder=folder,
         seed=config.seed,
         on_round=on_round,
-        **options,
+        **pruning,
     )
     print_before_after(result)
     print(f"in {folder}: small.safetensors, history.json, history.csv, curve.png, {CONFIG_FILE}")
@@ -103,14 +104,26 @@ def model_and_example(config: ModelConfig, data: ImageData) -> tuple[nn.Module, 
     return model, example
 
 
-def _train(
-    config: PruneConfig, data: ImageData, model: nn.Module, context: RoundContext, teacher: Distillation | None = None
-) -> None:
-    """A round of retraining, or (round 0) the dense model from scratch."""
+def _calibration(config: PruneConfig, data: ImageData, criterion: str | Criterion) -> dict[str, Any]:
+    """The images that the criterion and the recovery look at; empty where none of them does."""
+    wanted = needs(resolve(criterion))
+    if not wanted and not config.recover:
+        return {}
+    # How often a channel is used must be asked on images that the model was not trained on.
+    split = config.calibration or ("validation" if wanted and data.validation is not None else "train")
+    size = GRADIENT_BATCH_SIZE if "gradients" in wanted else CALIBRATION_BATCH_SIZE
+    limit = size * config.calibration_batches
+    batches = data.loader(split, batch_size=size, shuffle=False, augment=False, limit=limit, seed=config.seed)
+    return {"calibration": batches, "recover": config.recover}
+
+
+def _train(config: PruneConfig, data: ImageData, model: nn.Module, context: RoundContext, **more: Any) -> None:
+    """A round of retraining, or (round 0) the dense model from scratch; ``more`` goes to ``fit``."""
     loader = data.loader("train", batch_size=config.batch_size, seed=context.seed)
-    epochs, lr = (config.epochs, config.lr) if context.round > 0 else (config.dense_epochs, None)
-    options = FitOptions(lr=lr, seed=context.seed, device=str(_device(config.device)))
-    fit(model, TASK, loader, epochs=epochs, folder=context.folder, options=options, distillation=teacher)
+    dense = context.round == 0
+    epochs, lr, average = (config.dense_epochs, None, None) if dense else (config.epochs, config.lr, config.ema_decay)
+    options = FitOptions(lr=lr, ema_decay=average, seed=context.seed, device=str(_device(config.device)))
+    fit(model, TASK, loader, epochs=epochs, folder=context.folder, options=options, **more)
 
 
 def _device(name: str) -> torch.device:

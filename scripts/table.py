@@ -10,16 +10,19 @@ from compress.report import RoundRecord
 def print_round(record: RoundRecord, dense: RoundRecord, rounds: int) -> None:
     """One round against the dense model, with the percentage of output channels that every layer has kept."""
     table = Table(title=f"round {record.round} of {rounds}" if record.round else "dense model", title_justify="left")
-    for column in ("accuracy", "parameters", "MACs", "latency"):
+    test = [] if record.test is None else [("test", f"{record.test:.2%}")]
+    cells = [
+        ("accuracy", f"{record.accuracy:.2%}"),
+        *test,
+        ("parameters", f"{record.params:,} ({record.params / dense.params:.0%})"),
+        ("MACs", f"{record.macs:,} ({record.macs / dense.macs:.0%})"),
+        ("latency", f"{1e3 * record.latency_seconds:.2f} ms"),
+    ]
+    for column, _ in cells:
         table.add_column(column, justify="right", no_wrap=True)
     kept = " ".join(f"{100 * left / total:.0f}" for left, total in record.kept.values())
     table.caption, table.caption_justify = f"kept per layer (%): {kept}", "left"
-    table.add_row(
-        f"{record.accuracy:.2%}",
-        f"{record.params:,} ({record.params / dense.params:.0%})",
-        f"{record.macs:,} ({record.macs / dense.macs:.0%})",
-        f"{1e3 * record.latency_seconds:.2f} ms",
-    )
+    table.add_row(*(text for _, text in cells))
     Console().print(table)
 
 
@@ -29,8 +32,9 @@ def print_before_after(result: RunResult) -> None:
     table = Table(title="before / after", title_justify="left")
     for column in ("", "before", "after", "ratio"):
         table.add_column(column, justify="right" if column else "left")
-    points = 100 * (after.accuracy - before.accuracy)
-    table.add_row("accuracy", f"{before.accuracy:.2%}", f"{after.accuracy:.2%}", f"{points:+.2f} pp")
+    for label, first, last in (("accuracy", before.accuracy, after.accuracy), ("test", before.test, after.test)):
+        if first is not None and last is not None:
+            table.add_row(label, f"{first:.2%}", f"{last:.2%}", f"{100 * (last - first):+.2f} pp")
     for name, label in (("params", "parameters"), ("macs", "MACs"), ("bytes", "bytes")):
         old, new = getattr(before, name), getattr(after, name)
         table.add_row(label, f"{old:,}", f"{new:,}", f"{new / old:.1%}")

@@ -4,11 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torchvision import datasets
 
-from mtl.data.images import ImageData, Split, carve, channel_statistics, check_normalization
+from mtl.data.images import ImageData, Split, carve, channel_statistics, check_normalization, take
+from mtl.data.tasks import TaskData, of_images
+
+# Krizhevsky (2009), "Learning multiple layers of features from tiny images", the list of CIFAR-100's classes.
+SUPER_CLASSES = {
+    "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
+    "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+    "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+    "food_containers": ("bottle", "bowl", "can", "cup", "plate"),
+    "fruit_and_vegetables": ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+    "household_electrical_devices": ("clock", "keyboard", "lamp", "telephone", "television"),
+    "household_furniture": ("bed", "chair", "couch", "table", "wardrobe"),
+    "insects": ("bee", "beetle", "butterfly", "caterpillar", "cockroach"),
+    "large_carnivores": ("bear", "leopard", "lion", "tiger", "wolf"),
+    "large_man-made_outdoor_things": ("bridge", "castle", "house", "road", "skyscraper"),
+    "large_natural_outdoor_scenes": ("cloud", "forest", "mountain", "plain", "sea"),
+    "large_omnivores_and_herbivores": ("camel", "cattle", "chimpanzee", "elephant", "kangaroo"),
+    "medium_mammals": ("fox", "porcupine", "possum", "raccoon", "skunk"),
+    "non-insect_invertebrates": ("crab", "lobster", "snail", "spider", "worm"),
+    "people": ("baby", "boy", "girl", "man", "woman"),
+    "reptiles": ("crocodile", "dinosaur", "lizard", "snake", "turtle"),
+    "small_mammals": ("hamster", "mouse", "rabbit", "shrew", "squirrel"),
+    "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+    "vehicles_1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
+    "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
 
 
 def cifar10(
@@ -47,6 +74,39 @@ def cifar100(
     Arguments and errors are those of ``cifar10``.
     """
     return _load(datasets.CIFAR100, path, (mean, std), validation, seed)
+
+
+def cifar100_tasks(
+    path: str | os.PathLike[str],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> dict[str, TaskData]:
+    """CIFAR-100 as 20 tasks with images of their own: each super-class tells its five classes apart.
+
+    All tasks are normalised alike. Arguments and errors are those of ``cifar10``.
+    """
+    data = cifar100(path, mean=mean, std=std, validation=validation, seed=seed)
+    tasks = {}
+    for name, members in SUPER_CLASSES.items():
+        classes = torch.tensor([data.class_names.index(member) for member in members])
+        train, validation_split, test = (
+            None if split is None else _only(split, classes) for split in (data.train, data.validation, data.test)
+        )
+        assert train is not None
+        assert test is not None
+        own = replace(data, train=train, validation=validation_split, test=test, class_names=members)
+        tasks[name] = of_images(name, own)
+    return tasks
+
+
+def _only(split: Split, classes: Tensor) -> Split:
+    """The images of some classes, which become 0, 1, ..."""
+    found = split.labels[:, None] == classes
+    part = take(split, found.any(1).nonzero().squeeze(1))
+    return replace(part, labels=found[found.any(1)].int().argmax(1))
 
 
 def _load(

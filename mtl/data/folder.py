@@ -1,4 +1,4 @@
-"""Images in ``train/CLASS/`` and ``test/CLASS/`` folders."""
+"""Images in ``train/CLASS/`` and ``test/CLASS/`` folders, and ``validation/CLASS/`` where there is one."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def image_folder(
     ``image_size``.
 
     Args:
-        path: the folder that holds ``train`` and ``test``
+        path: the folder that holds ``train``, ``test`` and perhaps ``validation``
         image_size: pixels a side; needed where sizes differ or the images do not fit in memory
         mean: per channel on the scale of [0, 1]; default: measured on the training images in memory, else ImageNet's
         std: likewise
-        validation: fraction, or number, of the training images
+        validation: fraction, or number, of the training images; not used where there is a folder ``validation``
         seed: of that choice
         progress: a bar while decoding, where the output is a terminal
 
@@ -57,12 +57,14 @@ def image_folder(
     check_normalization(mean, std)
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size is {image_size}, but it must be at least 1")
-    folders = [_scan(Path(path), part) for part in ("train", "test")]
-    classes = [set(folder.classes) for folder in folders]
-    if classes[0] != classes[1]:
-        differing = sorted(classes[0] ^ classes[1])[0]
-        part = "train" if differing in classes[0] else "test"
-        raise ValueError(f"{path}: class {differing!r} is in {part} only: train and test need the same class folders")
+    parts = ("train", "test", *(["validation"] if (Path(path) / "validation").is_dir() else []))
+    folders = [_scan(Path(path), part) for part in parts]
+    for part, folder in zip(parts[1:], folders[1:], strict=True):
+        if differing := sorted(set(folders[0].classes) ^ set(folder.classes)):
+            only = "train" if differing[0] in folders[0].classes else part
+            raise ValueError(
+                f"{path}: class {differing[0]!r} is in {only} only: train and {part} need the same class folders"
+            )
     files = [[Path(file) for file, _ in folder.samples] for folder in folders]
     images = _decode_all(files, image_size, progress)
     if images is not None and (mean is None or std is None):
@@ -74,7 +76,7 @@ def image_folder(
         raise ValueError(f"{path}: the images differ in size or do not fit in memory: give image_size, for example 224")
     else:
         splits = [Split(_Files(names, image_size), part) for names, part in zip(files, labels, strict=True)]
-    train, validation_split = carve(splits[0], validation, seed)
+    train, validation_split = (splits[0], splits[2]) if len(splits) > 2 else carve(splits[0], validation, seed)
     return ImageData(
         train,
         validation_split,

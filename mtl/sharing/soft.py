@@ -118,6 +118,10 @@ class SoftShared(nn.Module):
             outputs[task] = self.slots.call(self.models[task], views, positional, named)
         return outputs
 
+    def forward_tasks(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """``{task: input}`` in, ``{task: output}`` out; only those tasks run."""
+        return self(dict(inputs))
+
     def penalty(self) -> Tensor:
         """What the coupling adds to the loss: a scalar, 0 without a coupling."""
         device = self.num_steps.device

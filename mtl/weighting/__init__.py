@@ -5,17 +5,45 @@ Fixed(digit=1.0, even=0.5)
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from mtl.weighting.base import Weighting
+from mtl.weighting.base import GradientWeighting, Weighting
+from mtl.weighting.dwa import DynamicWeightAverage
 from mtl.weighting.equal import Equal
 from mtl.weighting.fixed import Fixed
+from mtl.weighting.geometric import GeometricMean
+from mtl.weighting.gradnorm import GradNorm
+from mtl.weighting.jacobian import METHODS, Jacobian
+from mtl.weighting.random import RandomWeighting
 from mtl.weighting.uncertainty import Uncertainty
 
-__all__ = ["Equal", "Fixed", "Uncertainty", "Weighting", "resolve"]
+__all__ = [
+    "DynamicWeightAverage",
+    "Equal",
+    "Fixed",
+    "GeometricMean",
+    "GradNorm",
+    "GradientWeighting",
+    "Jacobian",
+    "RandomWeighting",
+    "Uncertainty",
+    "Weighting",
+    "resolve",
+]
+
+
+def _of_method(method: str, tasks: Sequence[str]) -> Weighting:
+    return Jacobian(method)
+
 
 _BY_NAME: dict[str, Callable[[Sequence[str]], Weighting]] = {
     "equal": lambda tasks: Equal(),
     "uncertainty": Uncertainty,
+    "dwa": DynamicWeightAverage,
+    "gradnorm": GradNorm,
+    "random": lambda tasks: RandomWeighting(),
+    "geometric": lambda tasks: GeometricMean(),
+    **{method: partial(_of_method, method) for method in METHODS},
 }
 
 

@@ -17,6 +17,6 @@ class Equal(Weighting):
         """``sum_t L_t``."""
         return torch.stack(list(losses.values())).sum()
 
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float] | None:
         """Nothing to say: all are 1."""
         return {}

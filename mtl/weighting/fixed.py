@@ -34,7 +34,7 @@ class Fixed(Weighting):
         """``sum_t w_t L_t``."""
         return torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
 
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float] | None:
         """The factors as given."""
         return dict(self._weights)
 

@@ -29,6 +29,6 @@ class Uncertainty(Weighting):
         ]
         return torch.stack(terms).sum()
 
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float] | None:
         """``exp(-s_t)``."""
         return {name: torch.exp(-s).item() for name, s in self.log_variance.items()}

@@ -24,6 +24,7 @@ def _record(index: int) -> RoundRecord:
         target=1 - index / 3,
         metrics={"digit": 0.9, "even": 0.9 - index / 15},
         kept={"conv1": (8 - index, 8), "conv2": (16, 16)},
+        test=0.8 - index / 30,
     )
 
 
@@ -42,6 +43,7 @@ def test_history_holds_every_round(tmp_path: Path) -> None:
     with (tmp_path / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["accuracy"]) for row in rows] == [record.accuracy for record in records]
+    assert [float(row["test"]) for row in rows] == [record.test for record in records]
     assert [int(row["macs"]) for row in rows] == [5000, 3000]
 
 
@@ -66,6 +68,7 @@ def test_events_appear_once_however_often_they_are_written(tmp_path: Path) -> No
         "latency_seconds": [0.001 / 3] * 2,
         "metrics/digit": [0.9, 0.9],
         "metrics/even": [0.9, 0.9 - 1 / 15],
+        "test": [0.8, 0.8 - 1 / 30],
         "kept/conv1": [1, 7 / 8],
         "kept/conv2": [1, 1],
     }.items():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from mtl import Task
-from mtl.batch import by_task, call, mode, unpack
+from mtl.batch import by_task, call, mode, read
 
 A, B = Task("a", nn.CrossEntropyLoss()), Task("b", nn.MSELoss())
 
@@ -33,7 +33,7 @@ def test_a_missing_task_is_named() -> None:
 
 def test_a_batch_must_be_a_pair() -> None:
     with pytest.raises(ValueError, match="a batch of the data is a Tensor"):
-        unpack(torch.zeros(2, 2), torch.device("cpu"))
+        read(torch.zeros(2, 2), [A])
 
 
 def test_every_module_gets_its_own_mode_back() -> None:

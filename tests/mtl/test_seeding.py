@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from mtl.seeding import epoch_seed, preserved_rng, seed_epoch
+from mtl.seeding import epoch_seed, preserved_rng, seed_data, seed_epoch
 
 
 def draw() -> tuple[float, float, float]:
@@ -23,7 +23,7 @@ def test_the_callers_random_numbers_go_on_undisturbed() -> None:
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     first = draw()
     with preserved_rng():
-        seed_epoch([], 0, 1)
+        seed_epoch(0, 1)
         draw()
     assert (first, draw()) == expected
 
@@ -34,7 +34,8 @@ def test_the_order_of_a_data_loader_depends_on_seed_and_epoch_alone() -> None:
         loader = DataLoader(dataset, batch_size=50, shuffle=True, generator=generator)
 
         def order(seed: int, epoch: int, loader: DataLoader = loader) -> list[int]:
-            seed_epoch(loader, seed, epoch)
+            seed_epoch(seed, epoch)
+            seed_data(loader, seed, epoch)
             return next(iter(loader))[0].tolist()
 
         assert order(0, 1) == order(0, 1)

@@ -1,3 +1,4 @@
+import copy
 import math
 import os
 import signal
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mtl import FitOptions, HardShared, History, Task, evaluate, fit
 from mtl.data import TensorLoader, digits
+from mtl.schedule import lr_factor
 
 QUIET = FitOptions(device="cpu", progress=False)
 A, B = Task("a", nn.CrossEntropyLoss()), Task("b", nn.MSELoss())
@@ -301,3 +303,41 @@ def test_negative_epochs_and_missing_outputs_are_refused() -> None:
     model = HardShared(nn.Identity(), {"a": nn.Linear(4, 2)})
     with pytest.raises(ValueError, match="the output of the model has no entry for task 'b'"):
         fit(model, [A, B], data, 1, options=QUIET)
+
+
+def test_a_penalty_is_added_to_the_loss_at_every_step_and_survives_a_resume(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def decay(model: nn.Module, progress: float) -> torch.Tensor:
+        seen.append(progress)
+        return 0.1 * sum(parameter.square().sum() for parameter in model.parameters())
+
+    options = FitOptions(
+        lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0, progress=False, device="cpu", precision="fp32"
+    )
+    data = [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(3)]
+    task, model = Task("value", nn.MSELoss()), nn.Linear(3, 2)
+    expected, resumed = copy.deepcopy(model), copy.deepcopy(model)
+    fit(model, task, data, epochs=2, options=options, penalty=decay)
+    assert seen == [step / 6 for step in range(6)]
+    for step in range(6):
+        inputs, target = data[step % 3]
+        loss = (expected(inputs) - target).square().mean() + 0.1 * sum(p.square().sum() for p in expected.parameters())
+        gradients = torch.autograd.grad(loss, list(expected.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
+                parameter -= 0.1 * lr_factor("cosine", step, 6) * gradient
+    torch.testing.assert_close(dict(model.named_parameters()), dict(expected.named_parameters()))
+
+    def stop_in_the_second_epoch(model: nn.Module, progress: float) -> torch.Tensor:
+        if progress > 0.6:
+            raise KeyboardInterrupt
+        return decay(model, progress)
+
+    stop_in_the_second_epoch.__qualname__ = decay.__qualname__
+    with pytest.raises(KeyboardInterrupt):
+        fit(resumed, task, data, epochs=2, options=options, penalty=stop_in_the_second_epoch, folder=tmp_path)
+    fit(resumed, task, data, epochs=2, options=options, penalty=decay, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+    with pytest.raises(ValueError, match="penalty is"):
+        fit(resumed, task, data, epochs=2, options=options, folder=tmp_path)

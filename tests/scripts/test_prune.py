@@ -52,7 +52,7 @@ def _build(file: Path) -> torch.nn.Module:
 
 def _flags(file: Path, folder: Path, *more: str) -> list[str]:
     base = {"--model": f"{file}:net", "--data": "digits", "--budget.macs": "0.5", "--folder": str(folder)}
-    base |= {"--rounds": "2", "--epochs": "1", "--dense-epochs": "2"}
+    base |= {"--rounds": "2", "--epochs": "1", "--dense-epochs": "3"}
     return [part for pair in base.items() for part in pair] + list(more)
 
 
@@ -138,16 +138,63 @@ def test_calibration_is_on_the_images_that_were_asked_for(
         ["--criterion", f"{tmp_path / 'taylor.py'}:found", "--calibration-batches", "2"],
         ["--recover"],
         ["--recover", "--calibration", "validation"],
+        ["--recover", "--validation", "0"],
+        ["--criterion", "nonzero", "--validation", "0"],
     ):
         assert main([*flags, *more]) == 2
     whole, held_out = 1437, 144
     assert seen == [
         ("validation", 128, 8 * 128, held_out),
-        ("train", 128, 3 * 128, whole),
+        ("train", 128, 3 * 128, whole - held_out),
         ("validation", 32, 2 * 32, held_out),
-        ("train", 128, 8 * 128, whole),
+        ("train", 128, 8 * 128, whole - held_out),
         ("validation", 128, 8 * 128, held_out),
+        ("train", 128, 8 * 128, whole),
+        ("train", 128, 8 * 128, whole),
     ]
+
+
+def test_validation_decides_and_the_test_images_are_only_reported(
+    file: Path, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The images of each part get an accuracy of their own: what is in which place tells which were looked at."""
+    values = {144: iter([0.9, 0.85, 0.6]), 360: iter([0.9, 0.1, 0.95])}
+
+    def accuracy(model, task, loader):
+        return {"class": next(values[sum(len(labels) for _, labels in loader)])}
+
+    monkeypatch.setattr("scripts.prune.evaluate", accuracy)
+    monkeypatch.setattr("scripts.prune.fit", lambda *_, **__: None)
+    assert main(_flags(file, tmp_path / "a", "--checkpoint", str(checkpoint), "--max-drop", "0.2")) == 0
+    rounds = _history(tmp_path / "a")
+    assert [(entry["accuracy"], entry["test"]) for entry in rounds] == [(0.9, 0.9), (0.85, 0.1), (0.6, 0.95)]
+    small = compress.load(_build(file), tmp_path / "a" / "small.safetensors")
+    assert compress.measure(small, torch.zeros(1, 1, 8, 8)).macs == rounds[1]["macs"]
+
+
+def test_without_validation_images_all_of_the_training_images_are_trained_on(
+    file: Path, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    trained, tested = [], []
+    monkeypatch.setattr("scripts.prune.fit", lambda model, task, loader, **_: trained.append(len(loader)))
+    monkeypatch.setattr("scripts.prune.evaluate", lambda model, task, loader: tested.append(1) or {"class": 0.5})
+    flags = _flags(file, tmp_path / "a", "--checkpoint", str(checkpoint), "--validation", "0", "--batch-size", "1")
+    assert main(flags) == 0
+    assert trained == [1437, 1437]
+    assert len(tested) == 3, "once a round"
+    assert _history(tmp_path / "a")[0]["test"] is None
+
+
+def test_sparsity_presses_in_every_round_before_a_removal(
+    file: Path, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    penalties = []
+    monkeypatch.setattr("scripts.prune.fit", lambda *_, penalty, **__: penalties.append(penalty))
+    flags = _flags(file, tmp_path / "a", "--checkpoint", str(checkpoint), "--sparsity", "1e-4", "--schedule", "linear")
+    assert main(flags) == 0
+    assert [penalty and penalty.strength for penalty in penalties] == [1e-4, 1e-4, None]
+    macs = [entry["macs"] for entry in _history(tmp_path / "a")]
+    assert macs[0] == macs[1] > macs[2] > macs[3]
 
 
 def _write_payload(path: Path) -> None:
@@ -185,6 +232,12 @@ def _folder_of_images(path: Path, size: int, number: int) -> str:
         ("rounds", "--rounds is 0"),
         ("device", "--device moon"),
         ("max drop", "max_drop is -1"),
+        ("validation", "--validation is -1"),
+        ("no validation to stop by", "--max-drop needs validation images"),
+        ("no validation to calibrate on", "there is no validation split"),
+        ("sparsity", "--sparsity is -1"),
+        ("average", "ema_decay is 1"),
+        ("learning rate", "lr is -1"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(file: Path, tmp_path: Path, case: str, message: str, capfd) -> None:
@@ -194,7 +247,7 @@ def test_bad_input_is_one_line_and_status_2(file: Path, tmp_path: Path, case: st
         "corrupt checkpoint": ["--checkpoint", str(path)],
         "payload": ["--checkpoint", str(path)],
         "wrong architecture": ["--checkpoint", str(path), "--model", f"{file}:wider"],
-        "wrong image size": ["--data", _folder_of_images(tmp_path / "x", size=16, number=2)],
+        "wrong image size": ["--data", _folder_of_images(tmp_path / "x", size=16, number=12)],
         "empty data": ["--data", _folder_of_images(tmp_path / "y", size=16, number=0)],
         "no data": ["--data", "mnist"],
         "criterion": ["--criterion", "no_such"],
@@ -209,6 +262,12 @@ def test_bad_input_is_one_line_and_status_2(file: Path, tmp_path: Path, case: st
         "rounds": ["--rounds", "0"],
         "device": ["--device", "moon"],
         "max drop": ["--max-drop", "-1"],
+        "validation": ["--validation", "-1"],
+        "no validation to stop by": ["--max-drop", "0.1", "--validation", "0"],
+        "no validation to calibrate on": ["--recover", "--calibration", "validation", "--validation", "0"],
+        "sparsity": ["--sparsity", "-1"],
+        "average": ["--ema-decay", "1"],
+        "learning rate": ["--lr", "-1"],
     }
     if case == "corrupt checkpoint":
         path.write_bytes(b"no checkpoint at all")

@@ -52,6 +52,20 @@ def test_validation_comes_from_train_and_never_from_test(folder: Path) -> None:
     assert data.mean == (0.5, 0.5, 0.5)
 
 
+def test_a_validation_folder_is_used_as_it_is(folder: Path) -> None:
+    for label, name in enumerate(("bird", "cat")):
+        for index in range(4):
+            write(folder / "validation" / name / f"{index}.webp", seed=1000 * (label + 1) + index)
+    data = image_folder(folder, validation=0.2)
+    assert data.validation is not None
+    assert (len(data.train), len(data.validation), len(data.test)) == (20, 8, 6)
+    bird = np.asarray(Image.open(folder / "validation/bird/2.webp").convert("RGB"))
+    assert np.array_equal(data.validation.images[torch.tensor([2])][0].permute(1, 2, 0).numpy(), bird)
+    shutil.rmtree(folder / "validation" / "cat")
+    with pytest.raises(ValueError, match="class 'cat' is in train only: train and validation need"):
+        image_folder(folder)
+
+
 def test_images_of_many_sizes_are_resized_and_cut_to_the_centre(folder: Path) -> None:
     write(folder / "train/cat/wide.png", seed=7, size=(70, 14))
     with pytest.raises(ValueError, match="the images differ in size .*: give image_size"):

@@ -1,0 +1,96 @@
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import torch
+from torch import nn
+
+from mtl import Comparison, FitOptions, HardShared, Method, Task, compare, evaluate, fit
+from mtl.data import TensorLoader
+
+TASKS = [Task.classification("a"), Task.regression("b")]
+OPTIONS = FitOptions(device="cpu", progress=False, lr=0.05)
+
+
+def data(seed: int = 0) -> TensorLoader:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(60, 4, generator=generator)
+    return TensorLoader(inputs, {"a": (inputs.sum(1) > 0).long(), "b": inputs.sum(1)}, batch_size=20, shuffle=True)
+
+
+def trunk() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+
+
+def head(task: Task) -> nn.Module:
+    return nn.Linear(8, 2 if task.name == "a" else 1)
+
+
+def test_every_method_is_trained_with_every_seed_on_its_tasks(tmp_path: Path) -> None:
+    calls: list[tuple[list[str], int]] = []
+
+    def build(tasks: list[Task]) -> nn.Module:
+        calls.append(([task.name for task in tasks], torch.initial_seed()))
+        return HardShared(trunk(), {task.name: head(task) for task in tasks})
+
+    methods = ["single", "hard", "private norms", "soft:l2", Method("mine", build, weighting="uncertainty")]
+    found = compare(
+        TASKS, data(), methods, test=data(1), trunk=trunk, head=head, seeds=[3, 5], epochs=2, options=OPTIONS,
+        folder=tmp_path,
+    )  # fmt: skip
+    assert calls == [(["a", "b"], 3), (["a", "b"], 5)]
+    assert found.reference == "single"
+    assert found.delta_m("single") == [0, 0]
+    for method in found.metrics:
+        assert {task: len(values) for task, values in found.metrics[method].items()} == {"a": 2, "b": 2}
+    assert (tmp_path / "single" / "seed-3" / "a" / "fit.pt").exists()
+
+    torch.manual_seed(5)
+    model = HardShared(trunk(), {"b": head(TASKS[1])})
+    fit(model, TASKS[1], data(), 2, options=FitOptions(device="cpu", progress=False, lr=0.05, seed=5))
+    assert evaluate(model, TASKS[1], data(1))["b"] == pytest.approx(found.metrics["single"]["b"][1])
+
+    again = compare(
+        TASKS, data(), methods, test=data(1), trunk=trunk, head=head, seeds=[3, 5], epochs=2, options=OPTIONS,
+        folder=tmp_path,
+    )  # fmt: skip
+    for method, row in found.metrics.items():
+        for task, values in row.items():
+            assert again.metrics[method][task] == pytest.approx(values)
+
+
+def test_tasks_with_data_of_their_own_are_trained_apart_on_theirs() -> None:
+    both = data()
+    assert isinstance(both.targets, dict)
+    own = {name: TensorLoader(both.inputs, target, batch_size=20) for name, target in both.targets.items()}
+    found = compare(
+        TASKS, own, ["single", "hard"], test=own, trunk=trunk, head=head, seeds=1, epochs=1, options=OPTIONS
+    )
+    assert set(found.metrics) == {"single", "hard"}
+
+
+def test_the_table_shows_mean_deviation_and_gain() -> None:
+    metrics = {"single": {"a": [0.5, 0.6], "b": [2.0, 4.0]}, "hard": {"a": [0.6, 0.6], "b": [1.0, 4.0]}}
+    found = Comparison(metrics, {"a": "max", "b": "min"}, "single", [0, 1])
+    gains = [(20 + 50) / 2, 0.0]
+    assert found.delta_m("hard") == pytest.approx(gains)
+    text = str(found)
+    assert "0.55 ± 0.071" in text
+    assert f"{mean(gains):+.2f} ± {stdev(gains):.2g}" in text
+    assert found.to_json()["delta_m"]["hard"] == pytest.approx(gains)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ([], "give at least one"),
+        (["hard", "hard"], "each with a name of its own"),
+        (["hrad"], "unknown method 'hrad'"),
+        (["hard:hard"], "unknown weighting 'hard'"),
+    ],
+)
+def test_bad_methods_are_refused(methods: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(TASKS, data(), methods, test=data(), trunk=trunk, head=head, epochs=1, options=OPTIONS)
+    with pytest.raises(ValueError, match="builds its models from trunk= and head="):
+        compare(TASKS, data(), ["hard"], test=data())
