@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from benchmarks.common import parser, skipped, wide_console, write_results
 from mtl.data import TaskData, num_outputs, omniglot
 
-WIDTHS = (32, 32, 64)
+WIDTHS = (16, 32, 64)
 BATCH_SIZE = 16  # drawings of each alphabet in a step
-TUNING_SEEDS = (1000, 1001)
+TUNING_SEEDS = (1000,)
 CONVOLUTIONS, NORMS = {"conv1", "conv2", "conv3"}, {"norm1", "norm2", "norm3"}
 
 
@@ -74,9 +74,7 @@ CANDIDATES = (
     Recipe(augmentation=1.5),
     Recipe(weight_decay=0.5),
     Recipe(lr=1e-2),
-    Recipe(steps=600),
     Recipe(steps=600, augmentation=1.5),
-    Recipe(steps=600, lr=1e-2, weight_decay=0.5),
 )
 
 

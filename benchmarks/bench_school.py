@@ -1,14 +1,14 @@
 """Explained variance on the School data: exam scores of the students of 139 schools, each school a task.
 
 Claim: with 75 % of the students of each school to train on, the best of these models explains at least 38.2 % of the
-variance of the others' scores, with 20 % at least 36.4 %; a trace-norm fit takes at most 0.5 s on one core. The data are
-no part of prunus: name the file school.mat (Argyriou et al. 2008) by --data.
+variance of the others' scores, with 20 % at least 36.4 %; a trace-norm fit takes at most 0.5 s on one core. The data
+are no part of prunus: name the file school.mat (Argyriou et al. 2008) by --data.
 
-Protocol: 10 random splits of the students of each school; everything that is chosen is chosen inside the training part
-(ridge strengths by 5-fold cross-validation, the Gaussian process by its marginal likelihood). The score is 1 - SSE / SST,
-both summed over all test students, SST about their overall mean. Papers that take SST about the mean of each school
-divide by less: the same predictions then read about 10 points lower, which is what their 26 to 29 % seem to be. The
-column "within" has that figure.
+Protocol: 10 random splits of the students of each school; all that is chosen is chosen inside the training part (ridge
+strengths by 5-fold cross-validation, scales of the Gaussian process by its marginal likelihood). The score is
+1 - SSE / SST, both summed over all test students, SST about their overall mean. With SST about the mean of each school,
+a smaller denominator, the same predictions read about 10 points lower (column "within"), which is what the 26 to 29 % of
+older papers seem to be.
 
 "average" is the mean of the predictions of the models named in ``AVERAGED``.
 """

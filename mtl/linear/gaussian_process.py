@@ -27,9 +27,9 @@ class HierarchicalGP(TaskRegressor):
     """y = f(x) + g_t(x) + noise, with f and g_t drawn from Gaussian processes of a kernel each.
 
     Hensman et al. (2013), "Hierarchical Bayesian modelling of gene expression time series across irregularly sampled
-    replicates and clusters", section 2. Each kernel is a constant, a linear and a squared exponential part: f holds what
-    all tasks have in common, interactions included, and g_t the intercept, slopes and bends of one task. With linear
-    parts alone this is ``MeanRegularizedRidge``.
+    replicates and clusters", section 2. Each kernel is a constant, a linear and a squared exponential part: f holds
+    what all tasks have in common, interactions included, and g_t the intercept, slopes and bends of one task. With
+    linear parts alone this is ``MeanRegularizedRidge``.
 
     Hyper-parameters maximise a lower bound of the marginal likelihood (Titsias 2009, "Variational learning of inducing
     variables in sparse Gaussian processes", equation 9) times weak priors. f has rank M, the g_t are exact: T N^3 + T N
