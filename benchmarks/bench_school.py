@@ -7,8 +7,8 @@ are no part of prunus: name the file school.mat (Argyriou et al. 2008) by --data
 Protocol: 10 random splits of the students of each school; all that is chosen is chosen inside the training part (ridge
 strengths by 5-fold cross-validation, scales of the Gaussian process by its marginal likelihood). The score is
 1 - SSE / SST, both summed over all test students, SST about their overall mean. With SST about the mean of each school,
-a smaller denominator, the same predictions read about 10 points lower (column "within"), which is what the 26 to 29 % of
-older papers seem to be.
+a smaller denominator, the same predictions read about 10 points lower (column "within"), which is what the 26 to 29 %
+of older papers seem to be.
 
 "average" is the mean of the predictions of the models named in ``AVERAGED``.
 """
