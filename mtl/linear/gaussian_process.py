@@ -48,9 +48,9 @@ class HierarchicalGP(TaskRegressor):
         self,
         *,
         groups: Sequence[int] | None = None,
-        num_inducing: int = 300,
+        num_inducing: int = 200,
         tuning_rows: int = 3000,
-        max_iter: int = 30,
+        max_iter: int = 25,
         random_state: int = 0,
     ) -> None:
         self.groups, self.num_inducing, self.tuning_rows = groups, num_inducing, tuning_rows

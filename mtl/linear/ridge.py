@@ -37,8 +37,9 @@ class IndependentRidge(LinearTaskRegressor):
         self.alpha, self.alphas, self.folds, self.random_state = alpha, alphas, folds, random_state
 
     def _path(self, data: Statistics, alphas: Array) -> Iterator[Array]:
+        spectrum = np.linalg.eigh(data.gram)
         for alpha in alphas:
-            yield _solve(data.gram + alpha * np.eye(data.gram.shape[-1]), data.moment)
+            yield _solve(spectrum, data.moment, alpha)
 
 
 class PooledRidge(LinearTaskRegressor):
@@ -67,7 +68,7 @@ class PooledRidge(LinearTaskRegressor):
         num_tasks, num_columns = data.moment.shape
         penalty = np.diag(np.append(np.ones(num_columns - 1), 0))
         for alpha in alphas:
-            weights = _solve(data.gram.sum(0) + alpha * penalty, data.moment.sum(0))
+            weights = _solve(np.linalg.eigh(data.gram.sum(0) + alpha * penalty), data.moment.sum(0))
             yield np.tile(weights, (num_tasks, 1))
 
 
@@ -101,16 +102,14 @@ class MeanRegularizedRidge(LinearTaskRegressor):
 
     def _path(self, data: Statistics, alphas: Array) -> Iterator[Array]:
         shared_ridge = shared_penalty(self.shared_alpha, data)
-        identity = np.eye(len(shared_ridge))
+        spectrum = np.linalg.eigh(data.gram)
+        right = np.concatenate([data.gram, data.moment[..., None]], axis=2)
         for alpha in alphas:
-            # w_t = w + v_t with (G_t + alpha) v_t = b_t - G_t w; what is left of row t is alpha (G_t + alpha)^-1 on w
-            response = _solve(data.gram + alpha * identity, np.concatenate([data.gram, data.moment[..., None]], axis=2))
+            # w_t = w + v_t with (G_t + alpha) v_t = b_t - G_t w: v_t = target - pull w
+            response = _solve(spectrum, right, alpha)
             pull, target = response[..., :-1], response[..., -1]
-            left = data.gram - data.gram @ pull
-            shared = _solve(
-                left.sum(0) + shared_ridge,
-                (data.moment - np.einsum("tde,te->td", data.gram, target)).sum(0),
-            )
+            left = (right - data.gram @ response).sum(0)  # what the v_t leave for w, and its right-hand side
+            shared = _solve(np.linalg.eigh(left[:, :-1] + shared_ridge), left[:, -1])
             yield shared + target - pull @ shared
 
 
@@ -125,11 +124,15 @@ def shared_penalty(strength: float, data: Statistics) -> Array:
     return strength * np.diag(np.append(np.ones(data.moment.shape[1] - 1), 0))
 
 
-def _solve(matrix: Array, right: Array) -> Array:
-    """matrix^+ right, for symmetric matrices that may be singular (alpha 0 with fewer rows than features)."""
-    values, vectors = np.linalg.eigh(matrix)
-    keep = values > values.max(-1, keepdims=True, initial=0) * 1e-13
+def _solve(spectrum: tuple[Array, Array], right: Array, alpha: float = 0.0) -> Array:
+    """(A + alpha)^+ right, from eigenvalues and eigenvectors of A >= 0, which may be singular.
+
+    ``right`` is a vector per matrix, or a matrix.
+    """
+    values, vectors = spectrum
+    values = values.clip(min=0) + alpha
+    keep = values > values.max(-1, keepdims=True) * 1e-13
     inverse = np.where(keep, 1 / np.where(keep, values, 1), 0)
-    right = right[..., None] if (column := right.ndim == matrix.ndim - 1) else right
-    found = vectors @ (inverse[..., None] * (np.swapaxes(vectors, -1, -2) @ right))
-    return found[..., 0] if column else found
+    if right.ndim == vectors.ndim:
+        return vectors @ (inverse[..., None] * (np.swapaxes(vectors, -1, -2) @ right))
+    return _solve(spectrum, right[..., None], alpha)[..., 0]

@@ -32,7 +32,7 @@ class TraceNormRegressor(LinearTaskRegressor):
         of: what has the trace norm
         alpha: strength >= 0; "cv" chooses it
         shared_alpha: strength >= 0 of the ridge on w
-        alphas: strengths that "cv" tries; default: 20, from where V is 0 down to a thousandth of that
+        alphas: strengths that "cv" tries; default: 13, from where V is 0 down to a thousandth of that
         folds: of "cv"
         tol: the duality gap at which to stop, as a part of sum_t ||y_t||^2 / 2
         max_iter: proximal steps, at most
@@ -77,7 +77,7 @@ class TraceNormRegressor(LinearTaskRegressor):
     def _default_alphas(self, data: Statistics) -> Array:
         zero = np.zeros_like(data.moment)
         largest = np.linalg.norm(self._problem(data).gradient(zero), 2)
-        return max(float(largest), 1e-12) * np.logspace(0, -3, 20)
+        return max(float(largest), 1e-12) * np.logspace(0, -3, 13)
 
     def _problem(self, data: Statistics) -> Problem:
         if self.of not in ("weights", "deviations"):
