@@ -137,7 +137,7 @@ class Problem:
         scale = min(1.0, alpha / max(largest, 1e-300), (total - fit) / max(curvature, 1e-300))
         primal = curvature / 2 + alpha * float(np.linalg.norm(penalized, "nuc"))
         dual = scale * (total - fit) - scale**2 * curvature / 2
-        return (primal - dual) / max(total / 2, 1e-300)
+        return float(primal - dual) / max(total / 2, 1e-300)
 
     def _apply(self, weights: Array) -> Array:
         return (self.data.gram @ weights[..., None])[..., 0]
