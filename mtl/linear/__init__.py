@@ -12,7 +12,15 @@ True
 """
 
 from mtl.linear.gaussian_process import HierarchicalGP
+from mtl.linear.mixed_effects import MixedEffectsRegressor
 from mtl.linear.ridge import IndependentRidge, MeanRegularizedRidge, PooledRidge
 from mtl.linear.trace_norm import TraceNormRegressor
 
-__all__ = ["HierarchicalGP", "IndependentRidge", "MeanRegularizedRidge", "PooledRidge", "TraceNormRegressor"]
+__all__ = [
+    "HierarchicalGP",
+    "IndependentRidge",
+    "MeanRegularizedRidge",
+    "MixedEffectsRegressor",
+    "PooledRidge",
+    "TraceNormRegressor",
+]

@@ -147,6 +147,20 @@ class LinearTaskRegressor(TaskRegressor):
         return candidates
 
 
+def feature_groups(groups: Sequence[int] | None, num_features: int, default: NDArray[np.intp]) -> NDArray[np.intp]:
+    """(F,) the group of each feature.
+
+    Raises:
+        ValueError: where they are not one integer >= 0 per feature.
+    """
+    if groups is None:
+        return default
+    found = np.asarray(groups)
+    if found.shape != (num_features,) or not np.issubdtype(found.dtype, np.integer) or found.min() < 0:
+        raise ValueError(f"groups must be {num_features} integers >= 0, one per feature of X")
+    return found.astype(np.intp)
+
+
 def _folds(task: Task, num_folds: int, seed: int) -> Iterator[NDArray[np.bool_]]:
     """Masks (N,) of the rows held out in turn; the rows of each task go to the folds in equal numbers."""
     random = np.random.default_rng(seed)

@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from mtl.linear.base import Task, TaskRegressor
+from mtl.linear.base import Task, TaskRegressor, feature_groups
 from mtl.linear.statistics import Array, Scaling
+from mtl.linear.target import PowerTransform
 
 # Log-normal priors of all hyper-parameters, for targets with deviation 1: they keep those that the data say nothing of.
 _PRIOR_MEAN, _PRIOR_STD = -1.0, 1.5
@@ -38,6 +39,7 @@ class HierarchicalGP(TaskRegressor):
     Args:
         groups: (F,) integers from 0: features of one group share their scales, as the indicators of one attribute
             should; default: all features are one group
+        power: the model is of y^power, for targets >= 0 whose spread grows with their size; 1 is of y
         num_inducing: M, points that represent f, drawn from the distinct rows
         tuning_rows: hyper-parameters are found on so many rows at most, taken from all tasks alike
         max_iter: steps of L-BFGS
@@ -48,13 +50,14 @@ class HierarchicalGP(TaskRegressor):
         self,
         *,
         groups: Sequence[int] | None = None,
+        power: float = 1.0,
         num_inducing: int = 200,
         tuning_rows: int = 3000,
         max_iter: int = 25,
         random_state: int = 0,
     ) -> None:
-        self.groups, self.num_inducing, self.tuning_rows = groups, num_inducing, tuning_rows
-        self.max_iter, self.random_state = max_iter, random_state
+        self.groups, self.power, self.num_inducing = groups, power, num_inducing
+        self.tuning_rows, self.max_iter, self.random_state = tuning_rows, max_iter, random_state
 
     def fit(self, X: ArrayLike, y: ArrayLike, task: ArrayLike) -> Self:
         """Find hyper-parameters, then the posterior mean.
@@ -71,7 +74,9 @@ class HierarchicalGP(TaskRegressor):
         for name in ("num_inducing", "tuning_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        self._transform = PowerTransform(self.power)
         features, targets, index = self._training_rows(X, y, task)
+        targets = self._transform.forward(targets)
         random = np.random.default_rng(self.random_state)
         self._scaling = Scaling.of(features, targets)
         self._spread = float(targets.std()) or 1.0
@@ -79,7 +84,8 @@ class HierarchicalGP(TaskRegressor):
         outputs = (targets - self._scaling.offset) / self._spread
         distinct = np.unique(inputs, axis=0)
         inducing = torch.from_numpy(distinct[random.permutation(len(distinct))[: self.num_inducing]])
-        groups = torch.from_numpy(self._feature_groups())
+        none = np.zeros(self.n_features_in_, np.intp)
+        groups = torch.from_numpy(feature_groups(self.groups, self.n_features_in_, none))
         rows = _spread_over_tasks(index, self.tuning_rows, random)
         self.hyperparameters_ = _tune(_pad(inputs[rows], outputs[rows], index[rows]), inducing, groups, self.max_iter)
         self._model = _Model(_Kernels.of(torch.from_numpy(self.hyperparameters_), groups), inducing)
@@ -102,16 +108,8 @@ class HierarchicalGP(TaskRegressor):
         for number in np.unique(index):
             rows = torch.from_numpy(np.flatnonzero(index == number))
             found[rows] += kernels.own(inputs[rows], trained.inputs[number]) @ self._posterior.own[number]
-        return found.numpy() * self._spread + self._scaling.offset
-
-    def _feature_groups(self) -> NDArray[np.intp]:
-        if self.groups is None:
-            return np.zeros(self.n_features_in_, np.intp)
-        groups = np.asarray(self.groups)
-        valid = groups.shape == (self.n_features_in_,) and np.issubdtype(groups.dtype, np.integer)
-        if not valid or groups.min() < 0:
-            raise ValueError(f"groups must be {self.n_features_in_} integers >= 0, one per feature of X")
-        return groups.astype(np.intp)
+        latent = found.numpy() * self._spread + self._scaling.offset
+        return self._transform.mean(latent, float(kernels.noise) * self._spread**2)
 
 
 @dataclass(frozen=True, eq=False)

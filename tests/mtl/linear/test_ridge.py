@@ -6,7 +6,14 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.linear_model import Ridge
 
-from mtl.linear import HierarchicalGP, IndependentRidge, MeanRegularizedRidge, PooledRidge, TraceNormRegressor
+from mtl.linear import (
+    HierarchicalGP,
+    IndependentRidge,
+    MeanRegularizedRidge,
+    MixedEffectsRegressor,
+    PooledRidge,
+    TraceNormRegressor,
+)
 from mtl.linear.base import TaskRegressor, _folds
 from mtl.linear.statistics import Scaling
 
@@ -17,6 +24,7 @@ ESTIMATORS: list[TaskRegressor] = [
     TraceNormRegressor(),
     TraceNormRegressor("deviations"),
     HierarchicalGP(max_iter=3, num_inducing=10),
+    MixedEffectsRegressor(max_iter=5),
 ]
 LINEAR = ESTIMATORS[:5]
 
@@ -227,6 +235,8 @@ def test_bad_input_is_named(estimator: TaskRegressor) -> None:
         (MeanRegularizedRidge(shared_alpha=-1), "shared_alpha is -1"),
         (TraceNormRegressor("rank"), "of is 'rank'"),  # type: ignore[arg-type]
         (HierarchicalGP(groups=[0, 1]), "5 integers"),
+        (MixedEffectsRegressor(groups=[-1] * 5), "5 integers"),
+        (MixedEffectsRegressor(max_iter=0), "max_iter=0"),
         (HierarchicalGP(num_inducing=0), "num_inducing is 0"),
     ],
     ids=str,
