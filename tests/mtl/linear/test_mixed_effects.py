@@ -76,8 +76,9 @@ def test_a_power_predicts_the_mean_of_skewed_targets(build: Any) -> None:
     features, task = random.uniform(-1, 1, (1500, 1)), np.arange(1500) // 50
     target = np.maximum(3 + 2 * features[:, 0] + random.normal(size=1500), 0) ** 2
     found = build(power=0.5).fit(features, target, task).predict(features, task)
-    expected = (3 + 2 * features[:, 0]) ** 2 + 1
-    assert abs(found - expected).mean() < 0.5  # where the mean is 10, and a plain power of the mean is 1 too low
+    expected = (3 + 2 * features[:, 0]) ** 2 + 1  # a plain power of the predicted mean lacks the 1
+    assert abs((found - expected).mean()) < 0.3
+    assert abs(found - expected).mean() < 1
     with pytest.raises(ValueError, match=r"y holds -1, but power=0.5 needs targets >= 0"):
         build(power=0.5).fit(features, target - target.min() - 1, task)
     with pytest.raises(ValueError, match=r"power is 0, but it must be in \(0, 1\]"):
