@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from layers.kernels.bn_act import normalise
+
 aten = torch.ops.aten
 
 # Normalisation with the batch's own or the running statistics: (x, weight, bias, mean, var, training, momentum, eps) ->
@@ -98,11 +100,3 @@ def _batch_norm(args: tuple[Any, ...], result: tuple[Tensor, ...]) -> Recipe:
     if training:
         return Recipe(normalise, (x, weight, bias, result[1], result[2]), {})
     return Recipe(aten.native_batch_norm.default, (x, weight, bias, running_mean, running_var, False, 0.0, eps), {})
-
-
-def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor) -> Tensor:
-    """(x - mean) * inverse_std * weight + bias, channel by channel (axis 1), in the dtype of x."""
-    if x.is_cuda:
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, 0.0)
-    y: Tensor = aten.native_batch_norm.default(x, weight, bias, mean, inverse_std.pow(-2), False, 0.0, 0.0)[0]
-    return y

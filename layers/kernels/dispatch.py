@@ -1,0 +1,23 @@
+"""Where a kernel runs: Triton on CUDA where it is installed, and plain PyTorch elsewhere.
+
+Triton is imported when the first kernel needs it, not before: it is not there on every platform, and it reads
+TRITON_INTERPRET, which runs kernels in Python on CPU tensors, when kernels are decorated.
+"""
+
+import functools
+import importlib.util
+import os
+
+from torch import Tensor
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether kernels on tensors like `x` are those in Triton."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("PRUNUS_KERNELS") == "triton"
+    return has_triton() and (x.is_cuda or interpreted) and x.numel() > 0
