@@ -11,5 +11,6 @@ True
 from layers import functional, models
 from layers.conv import ConvBNAct
 from layers.fold import fold_batch_norm
+from layers.memory import memory_efficient, recompute_cheap
 
-__all__ = ["ConvBNAct", "fold_batch_norm", "functional", "models"]
+__all__ = ["ConvBNAct", "fold_batch_norm", "functional", "memory_efficient", "models", "recompute_cheap"]

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -82,11 +83,16 @@ def recompute_cheap() -> Iterator[None]:
     The backward pass raises RuntimeError when a tensor that it needs was modified in place after it was kept, as it
     does without.
     """
-    transforms = torch._C._functorch.peek_interpreter_stack() is not None  # no hooks on saved tensors in there
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
-    history = _History(torch._C._autograd._top_saved_tensors_default_hooks(False))
+    transforms = torch._C._functorch.peek_interpreter_stack() is not None  # no hooks on saved tensors in there
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    checkpointed = hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__  # keeps nothing at all
+    if transforms or checkpointed:
+        yield
+        return
+    history = _History(hooks)
     with torch.autograd.graph.saved_tensors_hooks(history.pack, _unpack), history:
         yield
 

@@ -99,4 +99,11 @@ def _batch_norm(args: tuple[Any, ...], result: tuple[Tensor, ...]) -> Recipe:
     x, weight, bias, running_mean, running_var, training, _, eps = args
     if training:
         return Recipe(normalise, (x, weight, bias, result[1], result[2]), {})
-    return Recipe(aten.native_batch_norm.default, (x, weight, bias, running_mean, running_var, False, 0.0, eps), {})
+    return Recipe(_normalise_running, (x, weight, bias, running_mean, running_var, eps), {})
+
+
+def _normalise_running(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    y: Tensor = aten.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+    return y

@@ -54,7 +54,9 @@ def check(x: Tensor, residual: Tensor | None, channels: dict[str, Tensor | None]
         raise ValueError(f"bn_act: x has dtype {x.dtype}; expected a floating-point one")
     for name, tensor in channels.items():
         if tensor is not None and tensor.shape != (x.shape[1],):
-            raise ValueError(f"bn_act: {name} has shape {tuple(tensor.shape)}; expected ({x.shape[1]},), as x has channels")
+            raise ValueError(
+                f"bn_act: {name} has shape {tuple(tensor.shape)}; expected ({x.shape[1]},), as x has channels"
+            )
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"bn_act: residual is {residual.dtype} of shape {tuple(residual.shape)}; "
@@ -96,8 +98,25 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
     return y
 
 
+def reapplied(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor, activation: str
+) -> Tensor:
+    """activation(batch_norm(x)) from statistics that are known."""
+    if uses_triton(x):
+        from layers.kernels import bn_act_triton
+
+        return bn_act_triton.apply(x, None, weight, bias, mean, inverse_std, activation)
+    return activate(normalise(x, weight, bias, mean, inverse_std), activation)
+
+
 def forward_reference(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float, group: str
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    eps: float,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y and the statistics."""
     dtype, count = statistics_dtype(x), x.numel() // max(x.shape[1], 1)
@@ -164,7 +183,13 @@ def synchronised_means(dbias: Tensor, dweight: Tensor, x: Tensor, group: str) ->
 
 @torch.library.custom_op("prunus::bn_act", mutates_args=())
 def _bn_act(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float, group: str
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    eps: float,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if uses_triton(x):
         from layers.kernels import bn_act_triton
@@ -175,7 +200,13 @@ def _bn_act(
 
 @_bn_act.register_fake
 def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str, eps: float, group: str
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    eps: float,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, inverse_std, variance = (x.new_empty(x.shape[1], dtype=statistics_dtype(x)) for _ in range(3))
     return torch.empty_like(x), mean, inverse_std, variance
@@ -270,9 +301,14 @@ def bn_act(
     """
     check(x, residual, {"weight": weight, "bias": bias}, activation)
     if group is None and x.numel() <= x.shape[1]:
-        raise ValueError(f"bn_act: x has shape {tuple(x.shape)}; expected more than 1 value per channel to take statistics")
+        raise ValueError(
+            f"bn_act: x has shape {tuple(x.shape)}; expected more than 1 value per channel to take statistics"
+        )
     form = dense_format(x)
-    x, residual = x.contiguous(memory_format=form), None if residual is None else residual.contiguous(memory_format=form)
+    x, residual = (
+        x.contiguous(memory_format=form),
+        None if residual is None else residual.contiguous(memory_format=form),
+    )
     dtype = statistics_dtype(x)
     weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
     name = "" if group is None else group.group_name

@@ -8,7 +8,10 @@ import functools
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # statistics and sums are in float32
 
 
 @functools.cache
@@ -18,6 +21,6 @@ def has_triton() -> bool:
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether kernels on tensors like `x` are those in Triton."""
+    """Whether kernels on tensors like `x` are those in Triton; PRUNUS_KERNELS=triton adds those that are interpreted."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("PRUNUS_KERNELS") == "triton"
-    return has_triton() and (x.is_cuda or interpreted) and x.numel() > 0
+    return x.dtype in _DTYPES and x.numel() > 0 and (x.is_cuda or interpreted) and has_triton()
