@@ -1,15 +1,14 @@
 """Bytes that a training step keeps for its backward pass, and its time, relative to eager PyTorch.
 
-Contestants: `layers.memory_efficient`, `torch.compile` with an activation memory budget of 0.5, and checkpointing of every
-block. Bytes are those of distinct storages that autograd holds at the end of the forward pass, without parameters and
-buffers: counted with hooks on saved tensors, and for a chain and for bottleneck blocks as what one more block adds. The
+Contestants: `layers.memory_efficient`, `torch.compile` with an activation memory budget of 0.5, and checkpointing of
+every block. Bytes are those of distinct storages that autograd holds at the end of the forward pass, without
+parameters and buffers: counted with hooks on saved tensors, and for a chain and for bottleneck blocks as what one more block adds. The
 time is that of forward and backward on one thread, in CPU seconds of the process, in turns.
 
     python benchmarks/bench_kernels_memory.py            # a few minutes
     python benchmarks/bench_kernels_memory.py --quick    # tiny inputs, to see that it runs
 """
 
-import copy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -104,22 +103,25 @@ def step(model: nn.Module, x: Tensor) -> dict[str, float]:
 
 
 def measure(
-    build: Callable[[int], nn.Module], x: Tensor, depths: tuple[int, int] | None, repeats: int
+    build: Callable[[int], nn.Module], x: Tensor, depths: tuple[int, int] | None, repeats: int, compiled: bool
 ) -> dict[str, Any]:
     """Kept bytes and seconds of every contestant, and both relative to eager."""
     contestants: dict[str, Callable[[nn.Module], nn.Module]] = {
         "eager": lambda model: model,
         "memory_efficient": memory_efficient,
-        "compile, budget 0.5": budget,
     }
+    if compiled:
+        contestants["compile, budget 0.5"] = budget
     if depths is not None:
         contestants["checkpoint"] = Checkpointed
     kept, models = {}, {}
     for name, make in contestants.items():
         count: Callable[[Any, Tensor], int] = checkpointed_bytes if name == "checkpoint" else saved_bytes
-        sizes = [count(make(build(depth)), x) for depth in depths or (1,)]
+        sizes = []
+        for depth in depths or (1,):
+            models[name] = make(build(depth))
+            sizes.append(count(models[name], x))
         kept[name] = sizes[-1] - sizes[0] if depths else sizes[0]
-        models[name] = make(copy.deepcopy(build(depths[-1] if depths else 1)))
     timings = interleaved({name: partial(step, model, x) for name, model in models.items()}, repeats)
     seconds = {name: timing.median["step"] for name, timing in timings.items()}
     return {
@@ -138,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(__file__, "kept bytes and step time of training, relative to eager PyTorch")
     flags.add_argument("--repeats", type=int, default=7, help="timed turns")
     flags.add_argument("--quick", action="store_true", help="tiny inputs")
+    flags.add_argument("--without-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     flags.add_argument("--only", nargs="*", help="models by name")
     options = flags.parse_args(argv)
     torch.set_num_threads(1)
@@ -158,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (build, shape, sizes) in cases.items():
         if options.only and name not in options.only:
             continue
-        results[name] = measure(build, torch.randn(shape), sizes, options.repeats)
+        results[name] = measure(build, torch.randn(shape), sizes, options.repeats, not options.without_compile)
         for way, row in results[name].items():
             table.add_row(name, way, f"{row['kept']:.3f}", f"{row['time']:.3f}")
     wide_console().print(table)

@@ -31,7 +31,7 @@ from layers.recipes import Recipe, recipe_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Longest chain of steps from kept tensors. Longer ones save more, but all on the chain live at once in the backward pass.
+# Longest chain of steps from kept tensors. Longer ones save more, but a whole chain lives at once in the backward pass.
 MAX_STEPS = 6
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -55,15 +55,15 @@ def memory_efficient(model: Model) -> Model:
     forward = _efficient_forward(type(model))
     if "forward" in vars(model) and getattr(model.forward, "__func__", None) is not forward:
         raise ValueError(
-            f"this {type(model).__name__} has a forward of its own (set on the instance, not the class), which would be "
-            "lost; put it into a module whose class defines forward"
+            f"this {type(model).__name__} has a forward of its own (set on the instance, not the class), which would "
+            "be lost; put it into a module whose class defines forward"
         )
     model.forward = types.MethodType(forward, model)
     return model
 
 
 @functools.cache
-def _efficient_forward(kind: type[nn.Module]) -> Callable[..., Any]:
+def _efficient_forward(kind: Any) -> Callable[..., Any]:
     # A function of the class, bound to the instance, so that a deep copy of the model binds it to the copy.
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -105,13 +105,16 @@ class _Kept:
     def __init__(self, tensor: Tensor, hooks: tuple[Callable[..., Any], Callable[..., Any]] | None) -> None:
         if tensor.grad_fn is not None:  # which would own this object, which would own the function
             tensor = tensor.detach()
-        pack, self._unpack = hooks or (_itself, _itself)
+        pack: Callable[[Tensor], Any] = _itself
+        self._unpack: Callable[[Any], Tensor] = _itself
+        if hooks is not None:
+            pack, self._unpack = hooks
         self._packed = pack(tensor)
         self._tensor = weakref.ref(tensor)
         self._version = tensor._version
 
     def value(self) -> Tensor:
-        tensor: Tensor = self._unpack(self._packed)
+        tensor = self._unpack(self._packed)
         if tensor is self._tensor() and tensor._version != self._version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "

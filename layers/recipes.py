@@ -40,7 +40,7 @@ class Recipe:
 
 
 def recipe_of(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Recipe | None:
-    """How to compute `result` again (its first tensor, if it has several) at little cost; None where it is not known."""
+    """How to compute `result` (its first tensor, if it has several) again at little cost; None where not known."""
     if operator in _BATCH_NORMS:
         return _batch_norm(args, result)
     if operator is aten.convolution.default:

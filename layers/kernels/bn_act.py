@@ -88,7 +88,9 @@ def statistics_of_sums(sums: Tensor, eps: float, dtype: torch.dtype) -> tuple[Te
 def all_reduced(sums: Tensor, group: str) -> Tensor:
     """Sum over the ranks of the process group of this name ("": this process alone), in place."""
     if group:
-        dist.all_reduce(sums, group=dist.distributed_c10d._resolve_process_group(group))
+        dist.all_reduce(
+            sums, group=dist.distributed_c10d._resolve_process_group(dist.distributed_c10d.GroupName(group))
+        )
     return sums
 
 

@@ -1,7 +1,7 @@
 """`bn_act` in Triton: bounded by memory, so what counts is how often x crosses it and that accesses are wide.
 
-Forward: x is read twice (statistics; normalise, add, activate) and y written once. Backward: dy and x (and y where there
-was a residual) are read twice and dx written once. All three kernels see x as (batches, rows, channels) with two
+Forward: x is read twice (statistics; normalise, add, activate) and y written once. Backward: dy and x (and y where
+there was a residual) are read twice and dx written once. All three kernels see x as (batches, rows, channels) with two
 strides: channels-last is one batch of rows, contiguous is rows of stride 1. Each program takes a tile of TILES * ROWS
 rows and CHANNELS channels of one batch, so that 16-byte accesses run along whichever axis has stride 1.
 
@@ -337,7 +337,7 @@ class Layout:
     def tile(self) -> dict[str, int]:
         """The constants of the kernels."""
         tiling = self.tiling
-        return dict(ROWS=tiling.rows, CHANNELS=tiling.channels, TILES=tiling.tiles, num_warps=tiling.num_warps)
+        return {"ROWS": tiling.rows, "CHANNELS": tiling.channels, "TILES": tiling.tiles, "num_warps": tiling.num_warps}
 
 
 def layout_of(x: Tensor, tiling: Tiling | None = None) -> Layout:

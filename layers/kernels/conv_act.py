@@ -171,7 +171,8 @@ def conv_act(
         expected = (x.shape[0], conv.weight.shape[0], *size)
         if residual.shape != expected or residual.dtype != x.dtype:
             raise ValueError(
-                f"conv_act: residual is {residual.dtype} of shape {tuple(residual.shape)}; expected {x.dtype} of {expected}"
+                f"conv_act: residual is {residual.dtype} of shape {tuple(residual.shape)}; "
+                f"expected {x.dtype} of {expected}"
             )
         residual = residual.contiguous(memory_format=dense_format(x))
     with torch.no_grad():

@@ -21,6 +21,6 @@ def has_triton() -> bool:
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Whether kernels on tensors like `x` are those in Triton; PRUNUS_KERNELS=triton adds those that are interpreted."""
+    """Whether kernels on tensors like `x` are those in Triton; interpreted ones with PRUNUS_KERNELS=triton."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("PRUNUS_KERNELS") == "triton"
     return x.dtype in _DTYPES and x.numel() > 0 and (x.is_cuda or interpreted) and has_triton()

@@ -13,7 +13,7 @@ from layers.kernels.bn_act_triton import _activate
 # device. Hopper's tensor cores want 128 rows for two warpgroups (8 warps) and run ahead 3 to 4 stages of 64; Ampere has
 # 164 KB of shared memory a multiprocessor against 228 KB, which 3 stages of 32 or 64 of the smaller tiles fit. Small
 # results need small tiles, or most multiprocessors idle.
-CONFIGURATIONS = (
+CONFIGURATIONS: tuple[tuple[int, ...], ...] = (
     (64, 64, 32, 4, 3),
     (128, 128, 64, 8, 3),
     (128, 64, 64, 4, 4),

@@ -65,9 +65,12 @@ def test_batch_norm(capability: int, data: str, channels_last: bool, tmp_path: P
     )
     # The first tiling is what runs untuned; the kernel with most registers is compiled with all of them.
     for kernel, tiling in [*((k, tilings[0]) for k in kernels), *((kernels[-1], t) for t in tilings[1:])]:
-        constants: dict[str, Any] = dict(
-            ROWS=tiling.rows, CHANNELS=tiling.channels, TILES=tiling.tiles, ACTIVATION="relu"
-        )
+        constants: dict[str, Any] = {
+            "ROWS": tiling.rows,
+            "CHANNELS": tiling.channels,
+            "TILES": tiling.tiles,
+            "ACTIVATION": "relu",
+        }
         constants["channel_stride" if channels_last else "row_stride"] = 1
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         result = compiled(kernel, constants, data, capability, num_warps=tiling.num_warps)
@@ -83,7 +86,7 @@ def test_batch_norm(capability: int, data: str, channels_last: bool, tmp_path: P
 def test_linear(capability: int, data: str, tmp_path: Path) -> None:
     for configuration in linear_act_triton.CONFIGURATIONS:
         rows, columns, depth, num_warps, num_stages = configuration
-        constants = dict(ACTIVATION="relu", PRECISION="tf32", ROWS=rows, COLUMNS=columns, DEPTH=depth)
+        constants = {"ACTIVATION": "relu", "PRECISION": "tf32", "ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
         result = compiled(
             linear_act_triton.linear_kernel, constants, data, capability, num_warps=num_warps, num_stages=num_stages
         )
@@ -97,6 +100,6 @@ def test_linear(capability: int, data: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.skipif(sys.platform != "linux", reason="ptxas comes with Triton on Linux")
 def test_finish(capability: int, tmp_path: Path) -> None:
-    constants = dict(ROWS_PER_PROGRAM=256, PROGRAMS=32, CHANNELS=32)
+    constants = {"ROWS_PER_PROGRAM": 256, "PROGRAMS": 32, "CHANNELS": 32}
     result = compiled(bn_act_triton.finish_kernel, constants, "fp32", capability)
     assert local_bytes(result.asm["cubin"], tmp_path) == 0

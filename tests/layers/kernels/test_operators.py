@@ -84,7 +84,7 @@ def bn_act_conv_case(activation: Any, dtype: torch.dtype, channels_last: bool) -
     x = data(2, 4, 5, 3, dtype=dtype, channels_last=channels_last)
     weight, bias = (data(4, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
     inputs = [x, weight, bias, data(6, 2, 3, 1, dtype=dtype), data(6, dtype=dtype)]
-    geometry: dict[str, Any] = dict(stride=(2, 1), padding=(1, 0), dilation=1, groups=2)
+    geometry: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "dilation": 1, "groups": 2}
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, shift: Tensor) -> Tensor:
         return bn_act_conv(
@@ -112,7 +112,7 @@ def conv_act_case(activation: Any, residual: bool, kernel: int, dtype: torch.dty
     x = data(2, 4, 7, 5, dtype=dtype, channels_last=channels_last)
     groups, stride, padding = (1, 1, 0) if kernel == 1 else (2, (2, 1), (1, 0))
     weight, bias = data(6, 4 // groups, kernel, kernel, dtype=dtype), data(6, dtype=dtype)
-    geometry: dict[str, Any] = dict(stride=stride, padding=padding, dilation=1, groups=groups)
+    geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": 1, "groups": groups}
     other = torch.randn_like(F.conv2d(x.double(), weight.double(), None, **geometry)).to(dtype) if residual else None
 
     def expected(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ def test_opcheck(channels_last: bool) -> None:
 
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu"])
 def test_gradcheck(activation: Any) -> None:
-    double = dict(dtype=torch.float64)
+    double = {"dtype": torch.float64}
     x, other, weight, bias = (
         tensor(3, 4, 5, 2, **double),
         tensor(3, 4, 5, 2, **double),
