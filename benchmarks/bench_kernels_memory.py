@@ -2,8 +2,8 @@
 
 Contestants: `layers.memory_efficient`, `torch.compile` with an activation memory budget of 0.5, and checkpointing of
 every block. Bytes are those of distinct storages that autograd holds at the end of the forward pass, without
-parameters and buffers: counted with hooks on saved tensors, and for a chain and for bottleneck blocks as what one more block adds. The
-time is that of forward and backward on one thread, in CPU seconds of the process, in turns.
+parameters and buffers: counted with hooks on saved tensors, and for a chain and for bottleneck blocks as what one more
+block adds. The time is that of forward and backward on one thread, in CPU seconds of the process, in turns.
 
     python benchmarks/bench_kernels_memory.py            # a few minutes
     python benchmarks/bench_kernels_memory.py --quick    # tiny inputs, to see that it runs

@@ -52,7 +52,8 @@ def memory_efficient(model: Model) -> Model:
     >>> memory_efficient(model)(torch.zeros(1, 3, 9, 9)).shape
     torch.Size([1, 8, 5, 5])
     """
-    forward = _efficient_forward(type(model))
+    kind: Any = type(model)
+    forward = _efficient_forward(kind)
     if "forward" in vars(model) and getattr(model.forward, "__func__", None) is not forward:
         raise ValueError(
             f"this {type(model).__name__} has a forward of its own (set on the instance, not the class), which would "
