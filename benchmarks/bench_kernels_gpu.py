@@ -1,6 +1,6 @@
 """Batch norm + residual + ReLU against the copy bandwidth, and the ResNet-50 training step, on a CUDA GPU.
 
-The bandwidth is measured: a device-to-device copy of the same tensor, bytes read plus bytes written. Forward has to move
+The bandwidth is measured: a device-to-device copy of the same tensor, bytes read plus bytes written. Forward must move
 x twice, the residual once and y once; backward dy, x and y twice, dx and dz once. The training step is bfloat16,
 channels-last: eager, eager with `layers.memory_efficient`, and `torch.compile`. Medians of CUDA event times.
 
