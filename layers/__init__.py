@@ -48,6 +48,7 @@ from layers.highway import Highway, HighwayConv1d, HighwayConv2d
 from layers.inception import ConvStep, Inception, PoolStep
 from layers.inference import optimize_for_inference
 from layers.low_rank import LowRankLinear, SpatialConv, Tucker2Conv
+from layers.memory import memory_efficient
 from layers.network import Network
 from layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from layers.padding import padding_mask
@@ -123,6 +124,7 @@ __all__ = [
     "Tucker2Conv",
     "fold_batch_norm",
     "functional",
+    "memory_efficient",
     "models",
     "optimize_for_inference",
     "padding_mask",

@@ -9,6 +9,10 @@
 tensor([[[[0.5000, 0.0000]]]])
 """
 
+from layers.kernels.bn_act import bn_act
+from layers.kernels.bn_act_conv import bn_act_conv
+from layers.kernels.conv_act import conv_act
 from layers.kernels.conv_bn_act import ConvArguments, NormArguments, conv_bn_act
+from layers.kernels.linear_act import linear_act
 
-__all__ = ["ConvArguments", "NormArguments", "conv_bn_act"]
+__all__ = ["ConvArguments", "NormArguments", "bn_act", "bn_act_conv", "conv_act", "conv_bn_act", "linear_act"]
