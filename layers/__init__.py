@@ -48,7 +48,7 @@ from layers.highway import Highway, HighwayConv1d, HighwayConv2d
 from layers.inception import ConvStep, Inception, PoolStep
 from layers.inference import optimize_for_inference
 from layers.low_rank import LowRankLinear, SpatialConv, Tucker2Conv
-from layers.memory import memory_efficient
+from layers.memory import memory_efficient, recompute_cheap
 from layers.network import Network
 from layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from layers.padding import padding_mask
@@ -129,4 +129,5 @@ __all__ = [
     "optimize_for_inference",
     "padding_mask",
     "projection",
+    "recompute_cheap",
 ]
