@@ -32,7 +32,7 @@ class GroupLasso(nn.Module):
         plan: made for the model that is trained.
 
     Raises:
-        PruneError: for a strength below 0, and a plan that removes no unit of the graph.
+        PruneError: for a strength below 0, a graph without groups, and a plan that removes no unit of the graph.
 
     >>> import compress
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -45,6 +45,10 @@ class GroupLasso(nn.Module):
         super().__init__()
         if not strength >= 0:
             raise PruneError(f"strength is {strength}, and a penalty presses towards zero: give a number such as 1e-4")
+        if not graph.groups:
+            raise PruneError(
+                "the graph has no channel that could be removed, so that none is pressed: see graph.frozen"
+            )
         self.strength = strength
         removed = None if plan is None else plan.removed()
         self._groups = [_Units(group, removed) for group in graph.groups]
@@ -53,7 +57,7 @@ class GroupLasso(nn.Module):
 
     def forward(self, model: nn.Module, progress: float) -> Tensor:
         """A scalar; ``progress`` in [0, 1] is how far it has grown."""
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # the graph knows one name of a tied one
         norms = [units.norm(parameters) for units in self._groups]
         return self.strength * progress * torch.stack(norms).sum()
 
