@@ -5,6 +5,7 @@ Run it after a benchmark has written new results; a test compares README.md with
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
@@ -33,6 +34,8 @@ def table(results: Path) -> str:
         ("bench_trace", _trace),
         ("bench_prune_cifar", _accuracy),
         ("bench_no_training", _no_training),
+        ("bench_retrain", _retrain),
+        ("bench_retrain_gpu", _retrain),
     ):
         path = results / f"{name}.json"
         if path.exists():
@@ -97,6 +100,24 @@ def _no_training(found: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{name} to {row['macs_kept']:.1%} of the MACs without training, {found['settings']['images']} images"
             )
             rows.append((what, f"{row['accuracy']:.2%} test accuracy"))
+    return rows
+
+
+def _retrain(found: dict[str, Any]) -> list[tuple[str, str]]:
+    accuracies: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in found["rows"]:
+        if "seed" in row:
+            by_method = accuracies.setdefault((row["model"], row["budget"]), {})
+            by_method.setdefault(row["method"], []).append(row["accuracy"])
+    rows = []
+    for (model, budget), methods in accuracies.items():
+        means = {name: mean(values) for name, values in methods.items()}
+        what = f"{model.rpartition(':')[2]} to {budget:.1%} of the MACs, {found['settings']['epochs']} epochs in all"
+        figure = f"{means.pop('ours'):.2%} test accuracy (seeds: {len(methods['ours'])})" if "ours" in means else ""
+        peers = {name: value for name, value in means.items() if "+" not in name}
+        if best := max(peers, key=peers.__getitem__, default=None):
+            figure += f"; Torch-Pruning's best ({best}): {peers[best]:.2%} (seeds: {len(methods[best])})"
+        rows.append((what, figure.removeprefix("; ")))
     return rows
 
 

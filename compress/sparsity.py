@@ -32,7 +32,7 @@ class GroupLasso(nn.Module):
         plan: made for the model that is trained.
 
     Raises:
-        PruneError: for a strength below 0, and a plan that removes no unit of the graph.
+        PruneError: for a strength below 0, a graph without groups, and a plan that removes no unit of the graph.
 
     >>> import compress
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -45,6 +45,10 @@ class GroupLasso(nn.Module):
         super().__init__()
         if not strength >= 0:
             raise PruneError(f"strength is {strength}, and a penalty presses towards zero: give a number such as 1e-4")
+        if not graph.groups:
+            raise PruneError(
+                "the graph has no channel that could be removed, so that none is pressed: see graph.frozen"
+            )
         self.strength = strength
         removed = None if plan is None else plan.removed()
         self._groups = [_Units(group, removed) for group in graph.groups]
@@ -53,7 +57,7 @@ class GroupLasso(nn.Module):
 
     def forward(self, model: nn.Module, progress: float) -> Tensor:
         """A scalar; ``progress`` in [0, 1] is how far it has grown."""
-        parameters = dict(model.named_parameters())
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # the graph knows one name of a tied one
         norms = [units.norm(parameters) for units in self._groups]
         return self.strength * progress * torch.stack(norms).sum()
 
@@ -71,18 +75,13 @@ class _Units:
         present = [(parameters[m.parameter], m, units) for m, units in self.members if m.parameter in parameters]
         if not present:
             return next(iter(parameters.values())).new_zeros(())
-        first, num_elements = present[0][0], 0
+        first = present[0][0]
         dtype = torch.promote_types(first.dtype, torch.float32)  # squares of half precision overflow
+        pieces = [_squares_along(parameter, member, dtype) for parameter, member, _ in present]
+        owners = torch.cat([units for _, _, units in present]).to(first.device)
         squares = torch.zeros(self.num_units + 1, dtype=dtype, device=first.device)  # the last: of no unit
-        for parameter, member, units in present:
-            if parameter.shape[member.axis] != member.size:
-                raise PruneError(
-                    f"{member.parameter} has shape {tuple(parameter.shape)} and had {member.size} elements along axis "
-                    f"{member.axis} when the graph was made: trace the model that is trained"
-                )
-            per_element = parameter.to(dtype).square().movedim(member.axis, 0).reshape(member.size, -1).sum(1)
-            squares = squares.index_add(0, units.to(first.device), per_element)
-            num_elements += member.indices.shape[1] * (parameter.numel() // member.size)
+        squares = squares.index_add(0, owners, torch.cat(pieces))
+        num_elements = sum(m.indices.shape[1] * (parameter.numel() // m.size) for parameter, m, _ in present)
         squares = squares[: self.num_units]
         tiny = torch.finfo(squares.dtype).tiny  # the gradient at zero is zero
         return num_elements**0.5 * (self._weights(squares.detach()) * (squares + tiny).sqrt()).sum()
@@ -92,6 +91,18 @@ class _Units:
             return self.chosen.to(squares)
         low, high = squares.aminmax()
         return 2 ** (SPREAD * (high - squares) / (high - low).clamp_min(torch.finfo(squares.dtype).tiny))
+
+
+def _squares_along(parameter: Tensor, member: Member, dtype: torch.dtype) -> Tensor:
+    """The sum of squares at each position along the member's axis, shape (size,)."""
+    if parameter.shape[member.axis] != member.size:
+        raise PruneError(
+            f"{member.parameter} has shape {tuple(parameter.shape)} and had {member.size} elements along axis "
+            f"{member.axis} when the graph was made: trace the model that is trained"
+        )
+    squares = parameter.to(dtype).square()
+    others = [axis for axis in range(parameter.dim()) if axis != member.axis]
+    return squares.sum(others) if others else squares
 
 
 def _unit_of_element(member: Member) -> Tensor:

@@ -255,6 +255,17 @@ def test_stops_at_the_last_round_that_was_good_enough(tmp_path: Path, falling) -
     assert again.after == result.after
 
 
+def test_what_is_tested_is_recorded_and_decides_nothing(tmp_path: Path) -> None:
+    values = iter([0.9, 0.1, 0.8])
+    stop = StopRule(max_drop=0.02)
+    result = run(
+        tmp_path, evaluate=lambda model: 0.5, test=lambda model: next(values), stop=stop, rounds=2, train=lambda _: None
+    )
+    assert result.stopped is None
+    assert [record.test for record in result.rounds] == [0.9, 0.1, 0.8]
+    assert [entry["test"] for entry in history(tmp_path)] == [0.9, 0.1, 0.8]
+
+
 def test_where_the_first_round_is_too_bad_the_dense_model_comes_back(tmp_path: Path, falling) -> None:
     result = run(tmp_path, evaluate=falling, stop=StopRule(max_drop=0.001))
     assert result.after.round == 0

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from compress.errors import PruneError
-from compress.schedule import SCHEDULES, kept_fraction
+from compress.schedule import SCHEDULES, kept_fraction, prepared
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -41,3 +41,10 @@ def test_bad_schedules() -> None:
         kept_fraction("linear", 0.5, 0, 0)
     with pytest.raises(PruneError, match=r"in \(0, 1\]"):
         kept_fraction(lambda final, progress: 0.0, 0.5, 1, 2)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("rounds", [1, 2, 7])
+def test_a_prepared_schedule_is_one_round_late(name: str, rounds: int) -> None:
+    late = [kept_fraction(prepared(name, rounds), 0.3, index, rounds + 1) for index in range(rounds + 2)]
+    assert late == [1.0] + [kept_fraction(name, 0.3, index, rounds) for index in range(rounds + 1)]

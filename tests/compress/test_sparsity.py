@@ -119,6 +119,8 @@ def test_bad_input_is_named() -> None:
     graph = compress.trace(model, EXAMPLE)
     with pytest.raises(PruneError, match="strength is -1"):
         GroupLasso(graph, -1)
+    with pytest.raises(PruneError, match="no channel that could be removed"):
+        GroupLasso(graph.protecting(["*"]), 0.1)
     with pytest.raises(PruneError, match="removes no unit"):
         GroupLasso(graph, 0.1, plan=compress.PrunePlan())
     small = compress.prune(copy.deepcopy(model), EXAMPLE, budget=Budget(macs=0.5)).model

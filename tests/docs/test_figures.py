@@ -25,3 +25,17 @@ def test_a_claim_without_results_has_no_row(tmp_path: Path) -> None:
         "",
         "Measured on: `bench_prune_cifar`: abacus, threads: 1, PyTorch 2.15.0.",
     ]
+
+
+def test_a_training_budget_is_shown_with_the_best_of_the_peer() -> None:
+    rows = [{"model": "layers:net", "method": "dense", "accuracy": 0.95}]
+    for method, accuracy in (("ours", 0.91), ("l1", 0.88), ("taylor", 0.90), ("l1+distill", 0.99)):
+        for seed in (0, 1):
+            measured = {"budget": 0.5, "seed": seed, "accuracy": accuracy + seed / 100}
+            rows.append({"model": "layers:net", "method": method, **measured})
+    found = {"settings": {"epochs": 10}, "rows": rows}
+    (row,) = figures._retrain(found)
+    assert row == (
+        "net to 50.0% of the MACs, 10 epochs in all",
+        "91.50% test accuracy (seeds: 2); Torch-Pruning's best (taylor): 90.50% (seeds: 2)",
+    )
