@@ -131,3 +131,14 @@ def substitute(model: nn.Module, recorder: Recorder, stand_in: Callable[[Tensor]
 
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"training"}
+
+
+@contextmanager
+def quick_operators() -> Iterator[None]:
+    """oneDNN's kernels, also inside :func:`visible_operators`."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(True)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)

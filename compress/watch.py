@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import CalibrationError
 from compress.recorder import Trace
+from compress.sandbox import quick_operators
 
 Look = Callable[[tuple[Any, ...], Mapping[str, Any], Any], None]
 
@@ -35,12 +35,8 @@ class Watch(TorchDispatchMode):
         self._index += 1
         if look := self._before.get(index):
             look(args, kwargs, None)
-        before = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(True)  # off outside, so that operators are visible; within one it is quick
-        try:
+        with quick_operators():
             result = func(*args, **kwargs)
-        finally:
-            torch._C._set_mkldnn_enabled(before)
         if look := self._after.get(index):
             look(args, kwargs, result)
         return result

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.gram import add_product, with_ones
+from compress.recover.targets import Targets
 
 RIDGES = (1e-9, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CAUTIOUS = 1e-2  # the least of them where there are few rows for the number of inputs
@@ -17,31 +18,17 @@ SWEEPS = 5  # of the targets behind a ReLU
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs (g, R, D) and targets (g, R, O) of one batch.
-
-    ``zero`` (g, R, O) is where the ReLU behind the output begins and ``sign`` which side of it passes, if there is one.
-    """
+    """Inputs (g, R, D) and targets (g, R, O) of one batch."""
 
     inputs: Tensor
-    targets: Tensor
-    zero: Tensor | None = None
-    sign: Tensor | None = None
+    targets: Targets
 
     def part(self, *, held_out: bool) -> "Rows":
         """The last rows, which no solution sees, or the others."""
         number = self.inputs.shape[1]
         cut = number - number // HELD_OUT
         chosen = slice(cut, None) if held_out else slice(cut)
-        rest = (t if t is None else t[:, chosen] for t in (self.zero, self.sign))
-        return Rows(self.inputs[:, chosen], self.targets[:, chosen], *rest)
-
-    def wanted(self, found: Tensor) -> Tensor:
-        """The targets where it matters: what the ReLU cuts off may be anything, as long as it is cut off."""
-        if self.zero is None or self.sign is None:
-            return self.targets
-        off = (self.targets - self.zero) * self.sign < 0
-        silent = torch.where((found - self.zero) * self.sign < 0, found, self.zero)
-        return torch.where(off, silent, self.targets)
+        return Rows(self.inputs[:, chosen], self.targets.rows(chosen))
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,7 @@ class Regression:
                 best, how, least = found, method, error
         if how is None:
             return self._start, None, before, before
-        if how.ridge is not None and self._fit[0].zero is not None:
+        if how.ridge is not None and self._fit[0].targets.zero is not None:
             swept = self._sweep(best, self._fit, how)
             if swept is not None and self._error(swept, rectified=True) < self._error(best, rectified=True):
                 best, sweeps = swept, SWEEPS
@@ -115,7 +102,7 @@ class Regression:
         """What the present weights miss of the targets that ``matrix`` leads to, against each input: (g, D + 1, O)."""
         total = torch.zeros(matrix.shape[0], matrix.shape[2], matrix.shape[1], dtype=torch.float64)
         for part in rows:
-            targets = part.wanted(_predict(part.inputs, matrix))
+            targets = part.targets.wanted(_predict(part.inputs, matrix))
             add_product(total, with_ones(part.inputs), targets - _predict(part.inputs, self._start))
         return total
 
@@ -141,9 +128,9 @@ class Regression:
         error = spread = 0.0
         for part in self._check:
             found = _predict(part.inputs, matrix)
-            targets = part.wanted(found) if rectified else part.targets
+            targets = part.targets.wanted(found) if rectified else part.targets.values
             error += float((targets - found).double().square().sum())
-            spread += float(part.targets.double().var(1, correction=0).sum()) * part.targets.shape[1]
+            spread += float(part.targets.values.double().var(1, correction=0).sum()) * part.inputs.shape[1]
         return error / max(spread, 1e-30)
 
 
