@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import compress
 from benchmarks.common import parser, stopwatch, wide_console, write_results
-from compress.evidence import collect_activations
+from compress.activations import collect_activations
 from compress.gradients import collect_gradients
 from scripts.sources import build_model
 

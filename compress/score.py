@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from compress.activations import ActivationCollector
 from compress.calibration import Calibration, batches, check_calibration
 from compress.channels import ChannelGraph
 from compress.criteria import Criterion, needs
 from compress.errors import PruneError
-from compress.evidence import Evidence, Values, collect_activations
+from compress.evidence import Evidence, Values
 from compress.gradients import collect_gradients
-from compress.gram import collect_grams
+from compress.gram import GramCollector
 from compress.removal import Removal, by_score
 from compress.trial import Trial, first_samples
+from compress.watch import Collector, gather
 
 TRIAL_PASSES = 3  # passes over the calibration data that trying out all groups may cost
 
@@ -35,15 +37,21 @@ def collect_evidence(
         return evidence
     given = check_calibration(calibration, f"criterion {getattr(asking[0], '__name__', asking[0])!r}")
     wanted = {kind for criterion in asking for kind in needs(criterion)}
-    if "activations" in wanted:
-        evidence = replace(evidence, activations=collect_activations(model, graph, given))
+    makers: dict[str, Callable[[], Collector]] = {
+        "activations": lambda: ActivationCollector(graph),
+        "grams": lambda: GramCollector(graph, seed=seed),
+    }
+    if kinds := [kind for kind in makers if kind in wanted]:
+        found = gather(model, graph.trace, given, [makers[kind] for kind in kinds])
+        evidence = replace(evidence, **dict(zip(kinds, found, strict=True)))
     if "gradients" in wanted:
         evidence = replace(evidence, gradients=collect_gradients(model, graph, given, loss))
-    if "grams" in wanted:  # criteria that know what a removal does to consumers ask what that does to the outputs
-        grams = collect_grams(model, graph, given, seed=seed)
+    if (
+        grams := evidence.grams
+    ) is not None:  # criteria that know what a removal does to consumers ask what that does to the outputs
         number = max(TRIAL_PASSES * grams.num_samples // max(len(graph.sizes), 1), 16)
         inputs = first_samples((inputs for inputs, _ in batches(given, model)), min(number, grams.num_samples))
-        evidence = replace(evidence, grams=grams, trial=Trial(model, inputs))
+        evidence = replace(evidence, trial=Trial(model, inputs))
     return evidence
 
 
