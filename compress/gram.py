@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress import activations
-from compress.calibration import Calibration
+from compress.calibration import Calibration, num_batches_of
 from compress.channels import ChannelGraph
 from compress.landing import Landing, find_landings
 from compress.recorder import Trace
@@ -82,13 +82,15 @@ def collect_grams(
 
     Args:
         row_share: of a convolution so many positions are looked at that the products of rows cost this part of the
-            convolution itself (but not fewer than give four rows an input over eight batches); the same for all samples
-            of a batch. Rows of matrix products are all used.
+            convolution itself (but not fewer than give four rows an input in all, where there are as many); the same
+            for all samples of a batch, drawn anew for each batch. Rows of matrix products are all used.
 
     Raises:
         CalibrationError: batches of the wrong form or shape, or activations that are not finite.
     """
-    (grams,) = gather(model, graph.trace, calibration, [lambda: GramCollector(graph, row_share=row_share, seed=seed)])
+    number = num_batches_of(calibration)
+    make = lambda: GramCollector(graph, number, row_share=row_share, seed=seed)  # noqa: E731
+    (grams,) = gather(model, graph.trace, calibration, [make])
     assert isinstance(grams, Grams)
     return grams
 
@@ -96,13 +98,13 @@ def collect_grams(
 class GramCollector:
     """Gathers the Gram matrices of all sites that read what can be removed; see :func:`collect_grams`."""
 
-    def __init__(self, graph: ChannelGraph, *, row_share: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, graph: ChannelGraph, num_batches: int, *, row_share: float = 1.0, seed: int = 0) -> None:
         self._wanted = {  # (tensors of another trace than the graph's have no labels)
             site.key: site
             for site in find_sites(graph.trace)
             if site.num_inputs <= MAX_INPUTS and (graph.units(site.columns(graph.labels))[0] >= 0).any()
         }
-        self._row_share = row_share
+        self._num_batches, self._row_share = num_batches, row_share
         self._generator = torch.Generator().manual_seed(seed)
         self._products: dict[Key, _Products] = {}
         self._shares: dict[Key, _Share] = {}
@@ -155,7 +157,7 @@ class GramCollector:
                 yield part.transpose(0, 1).unsqueeze(1)
             return
         wanted, share = site.num_rows(source), self._row_share * site.num_outputs / site.num_inputs
-        wanted = max(math.ceil(wanted * share), math.ceil(MIN_ROWS * site.num_inputs / 8))
+        wanted = max(math.ceil(wanted * share), math.ceil(MIN_ROWS * site.num_inputs / self._num_batches))
         positions = site.positions(source, wanted, self._generator)
         of_a_sample = site.num_rows(source) // len(source) if positions is None else len(positions)
         for samples in source.split(max(1, ROWS // of_a_sample)):

@@ -131,7 +131,7 @@ class Site:
     def positions(self, source: Tensor, num_rows: int, generator: torch.Generator) -> Tensor | None:
         """A random choice of positions (or rows) that gives about ``num_rows`` rows of a batch; None for all."""
         samples = source.shape[0] if self.is_convolution else 1
-        total, number = self.num_rows(source) // samples, max(num_rows // samples, 1)
+        total, number = self.num_rows(source) // samples, math.ceil(num_rows / samples)
         if number >= total:
             return None
         return torch.randperm(total, generator=generator)[:number].sort().values.to(source.device)

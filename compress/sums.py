@@ -32,10 +32,21 @@ def channel_sums(value: Tensor, axis: int, *, nonnegative: bool = False) -> tupl
         )
     rows = _as_rows(value, axis)
     few = CACHED // rows[0].numel()
-    parts = rows.split(few) if few >= FEW else [rows]
-    sums = [(_magnitude(part, nonnegative=nonnegative), _count(part)) for part in parts]
-    magnitudes, counts = zip(*sums, strict=True)
-    return _total(magnitudes), _total(counts)
+    if min(few, len(rows)) >= FEW and rows.shape[2] > 1 and rows[0].numel() % LANES == 0:
+        sums = [_in_cache(block, few, nonnegative=nonnegative) for block in rows.split(MOST)]
+        return _total(magnitude for magnitude, _ in sums), _total(count for _, count in sums)
+    return _magnitude(rows, nonnegative=nonnegative), _count(rows)
+
+
+def _in_cache(rows: Tensor, few: int, *, nonnegative: bool) -> tuple[Tensor, Tensor]:
+    """Both sums of at most :data:`MOST` rows, over rows first, ``few`` of them at a time."""
+    sums, lanes = [], []
+    for part in rows.flatten(1).split(few):
+        sums.append((part if nonnegative else part.abs()).sum(0, dtype=_precision(part)))
+        lanes.append(part.bool().view(torch.int64).sum(0))
+    magnitude, count = _total(sums), _total(lanes)
+    counts = count.view(torch.uint8).view(rows.shape[1:])
+    return magnitude.view(rows.shape[1:]).sum(1, dtype=torch.float64), counts.sum(1, dtype=torch.int32).long()
 
 
 def _as_rows(value: Tensor, axis: int) -> Tensor:
@@ -49,7 +60,7 @@ def _as_rows(value: Tensor, axis: int) -> Tensor:
 def _magnitude(rows: Tensor, *, nonnegative: bool) -> Tensor:
     """Sums in single precision over few elements, then in double: vectorised, and right to 1e-7."""
     outer, channels, inner = rows.shape
-    dtype = torch.float32 if rows.element_size() < 4 else rows.dtype
+    dtype = _precision(rows)
     if inner == 1:  # (outer, C) as (outer / MOST, C, MOST), strided
         whole = outer - outer % MOST
         parts = [rows[:whole].view(-1, MOST, channels), rows[whole:].view(1, -1, channels)]
@@ -72,6 +83,11 @@ def _count(rows: Tensor) -> Tensor:
     # (adding up bytes is three times as quick in int32 as in int64)
     counts = (p.sum(1).view(torch.uint8).view(-1, channels, inner) for p in parts if p.numel())
     return _total(count.sum((0, 2), dtype=torch.int32) for count in counts).long()
+
+
+def _precision(values: Tensor) -> torch.dtype:
+    """In which few of them may be added up."""
+    return torch.float32 if values.element_size() < 4 else values.dtype
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:
