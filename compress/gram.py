@@ -114,12 +114,11 @@ class GramCollector:
     def watch(self, trace: Trace, looks: Looks) -> None:
         """Look at each site and where it lands."""
         sites = [site for site in find_sites(trace) if site.key in self._wanted]
-        for key, landing in find_landings(trace, sites).items():
-            self._landings.setdefault(key, landing)
+        landings = find_landings(trace, sites)
         for site in sites:
+            self._landings.setdefault(site.key, landings[site.key])
             looks.add_after(site.op.index, self._rows_look(site))
-            share = self._shares.setdefault(site.key, _Share(site))
-            share.watch(site, self._landings[site.key], looks)
+            self._shares.setdefault(site.key, _Share(site)).watch(site, landings[site.key], looks)
 
     def begin(self, batch: int, inputs: ExampleInputs) -> None:
         """Count the samples."""

@@ -23,13 +23,15 @@ class Counted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 11, 3), nn.Linear(11, 5)
+        self.stem, self.body, self.head = nn.Conv2d(3, 11, 3), nn.Linear(11, 11), nn.Linear(11, 5)
 
     def forward(self, x):
         if x.device.type != "meta" and type(x) is torch.Tensor:
             RUNS.append(x.shape)
         x = self.stem(x).relu()
-        return self.head(x.mean((2, 3)) if len(x) > 1 else x.mean(3).mean(2))
+        x = x.mean((2, 3)) if len(x) > 1 else x.mean(3).mean(2)
+        self.stream = x + self.body(x)
+        return self.head(self.stream)
 
 
 def test_one_pass_gathers_everything() -> None:
@@ -52,11 +54,18 @@ def test_a_pass_that_finds_other_operators_begins_again(first: int) -> None:
     batches = [image(4, 3, 7, 7), image(4, 3, 7, 7, seed=1), image(1, 3, 7, 7, seed=2), image(4, 3, 7, 7, seed=3)]
     model = Counted()
     graph = compress.trace(model, batches[first])
-    known = collect_grams(model, graph, batches, row_share=1e9).sums["head.weight", 0]
+    sums = collect_grams(model, graph, batches, row_share=1e9).sums
+    streams = []
     with torch.no_grad():
-        rows = torch.cat([model.stem(batch).relu().mean((2, 3)) for batch in batches]).double()
-    assert known.num_rows == 13
-    torch.testing.assert_close(known.gram[0, :-1, :-1], rows.T @ rows, rtol=1e-5, atol=1e-6)
+        for batch in batches:
+            model(batch)
+            streams.append(model.stream.double())
+    rows = torch.cat(streams)
+    assert sums["head.weight", 0].num_rows == len(rows) == 13
+    torch.testing.assert_close(sums["head.weight", 0].gram[0, :-1, :-1], rows.T @ rows, rtol=1e-5, atol=1e-6)
+    parts = [0.0 if len(stream) == 1 else float(1 / stream.var(0, correction=0).sum()) for stream in streams]
+    share = sums["body.weight", 0].output_share
+    torch.testing.assert_close(share, torch.full_like(share, sum(parts) / 4), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("criterion", ["nonzero", "reconstruction", "taylor"])
