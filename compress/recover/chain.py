@@ -9,6 +9,7 @@ from compress.landing import NORMS, RESHAPES
 from compress.recorder import Op, TensorRef, Trace
 from compress.rules.registry import base_name
 from compress.sites import Key, Site
+from compress.uses import Uses
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,13 @@ class Chain:
 
 def find_chains(trace: Trace, sites: Sequence[Site]) -> dict[Key, Chain]:
     """The chains of a trace by their second site."""
-    uses: dict[int, list[Op]] = {}
-    for op in trace.evaluation:
-        for used in {t.id for t in op.tensors}:
-            uses.setdefault(used, []).append(op)
+    uses = Uses(trace)
     weights = {ref.id for ref in trace.parameters.values()}
-    ends = {ref.id for ref in trace.outputs}
     readers = {site.op.index: site for site in sites}
     chains = {}
     for site in sites:
-        path, ref = list[Op](), site.result
-        while len(using := uses.get(ref.id, [])) == 1 and ref.id not in ends:
-            op = using[0]
+        path, ref, maker = list[Op](), site.result, site.op
+        while (op := uses.only_reader(ref, maker)) is not None:
             reader = readers.get(op.index)
             if reader is not None:
                 if reader.source == ref and reader.parameter != site.parameter:
@@ -42,7 +38,7 @@ def find_chains(trace: Trace, sites: Sequence[Site]) -> dict[Key, Chain]:
             if not _by_element(op, ref, weights):
                 break
             path.append(op)
-            ref = op.outputs[0]
+            ref, maker = op.outputs[0], op
     return chains
 
 

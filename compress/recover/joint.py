@@ -37,7 +37,7 @@ def refit_chain(second: Layer, error: LayerError, methods: Sequence[str]) -> Lay
         if not step.take():
             break
         again = second.refit(methods)
-        if again.after >= error.after:
+        if _worse(again, error):
             step.undo()
             second.weights.restore(before)
             second.renew()
@@ -177,3 +177,7 @@ def _lowest(start: float, errors: Mapping[float, float]) -> float:
     if curve <= 0:
         return min((error, scale) for scale, error in {0.0: start, **errors}.items())[1]
     return min(max(-slope / (2 * curve), 0.0), 2.0)
+
+
+def _worse(again: LayerError, error: LayerError) -> bool:
+    return again.after >= error.after

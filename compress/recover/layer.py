@@ -13,7 +13,7 @@ from compress.recover.targets import targets_of
 from compress.recover.weights import Weights
 from compress.sites import Key
 
-MAX_ROWS = 32768  # of one layer, or eight for each input where that is more
+MAX_ROWS = 131072  # of one layer, or eight for each input where that is more
 ROWS_PER_INPUT = 8
 
 
@@ -83,4 +83,4 @@ class Layer:
         targets = targets_of(pair, self.key, self.lands, self.kept, positions)
         if constant is not None:
             targets = targets.without(constant.detach().reshape(site.groups, 1, -1))
-        return Rows(site.rows(source, positions), targets)
+        return Rows.of(site.rows(source, positions), targets)

@@ -29,7 +29,10 @@ class _Held:
 
     def again(self, replaced: Tensor | None = None, by: Tensor | None = None) -> Tensor:
         """Run it again, with another tensor in the place of one argument."""
-        args = [by if replaced is not None and arg is replaced else arg for arg in self.args]
+        with torch.no_grad():  # (autograd refuses views of weights that were written to)
+            args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in self.args]
+        if replaced is not None:
+            args = [by if arg is replaced else new for arg, new in zip(self.args, args, strict=True)]
         return _first(self.func(*args, **self.kwargs))
 
     @property
