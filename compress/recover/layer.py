@@ -13,8 +13,9 @@ from compress.recover.targets import targets_of
 from compress.recover.weights import Weights
 from compress.sites import Key
 
-MAX_ROWS = 131072  # of one layer, or eight for each input where that is more
-ROWS_PER_INPUT = 8
+LEAST_ROWS, LEAST_PER_INPUT = 32768, 8  # of one layer, where there are so many
+ROWS_PER_INPUT = 192  # neighbouring positions are alike: fewer fit what these images have in common
+MAX_VALUES = 2**26  # of the inputs of all rows: beyond, no more than the least
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Layer:
         weights = self.weights
         site = weights.site
         total = sum(pair.small.sites[self.key].num_rows(pair.small.source(self.key)) for pair in self.pairs)
-        share = min(1.0, max(MAX_ROWS, ROWS_PER_INPUT * site.num_inputs) / max(total, 1))
+        share = min(1.0, _num_rows(site.num_inputs) / max(total, 1))
         rows = [self._rows(pair, share, weights.shift if weights.constant else None) for pair in self.pairs]
         free = weights.shift is not None
         regression = Regression(site.matrix(weights.weight).double().cpu(), rows, free=free)
@@ -84,3 +85,8 @@ class Layer:
         if constant is not None:
             targets = targets.without(constant.detach().reshape(site.groups, 1, -1))
         return Rows.of(site.rows(source, positions), targets)
+
+
+def _num_rows(num_inputs: int) -> int:
+    many = min(ROWS_PER_INPUT * num_inputs, MAX_VALUES // num_inputs)
+    return max(LEAST_ROWS, LEAST_PER_INPUT * num_inputs, many)
