@@ -30,6 +30,14 @@ def check_calibration(calibration: Calibration | None, needed_by: str) -> Calibr
     return calibration
 
 
+def num_batches_of(calibration: Calibration) -> int:
+    """How many batches there are; 1 where that is not known beforehand."""
+    try:
+        return max(len(calibration), 1)  # type: ignore[arg-type]
+    except TypeError:
+        return 1
+
+
 def batches(calibration: Calibration, model: nn.Module) -> Iterator[tuple[ExampleInputs, Any]]:
     """Each batch as (model inputs, target or None), on the model's device.
 

@@ -5,7 +5,7 @@ needs to know about those rows is the sum of ``(x, 1).T @ (x, 1)``: how well oth
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compress.calibration import Calibration, batches
+from compress import activations
+from compress.calibration import Calibration, num_batches_of
 from compress.channels import ChannelGraph
-from compress.errors import CalibrationError, PruneError
 from compress.landing import Landing, find_landings
-from compress.recorder import Op, Trace
-from compress.sandbox import untouched, visible_operators
+from compress.recorder import Trace
+from compress.rules.registry import base_name
 from compress.sites import Key, Site, find_sites
-from compress.trace import ExampleInputs, as_arguments, record
-from compress.watch import Watch
+from compress.trace import ExampleInputs
+from compress.watch import Look, Looks, gather, traced
+
+__all__ = ["MAX_INPUTS", "GramSums", "Grams", "add_product", "check_finite", "collect_grams", "traced", "with_ones"]
 
 BLOCK = 1024  # rows that are multiplied in the data's own precision; the blocks' products are summed in float64
+ROWS = 4096  # as many of a convolution are laid out at a time
+PANEL, PANELS = 96, 8  # width of a panel of columns, at least, and the most of them (see `_Products`)
 MIN_ROWS = 4  # for every input: a regression on fewer rows fits noise
+FEW = 2  # rows for every input: with fewer a regression needs much damping
+DAMPING = 1e-2  # of the mean square of an input, where there are few rows
 MAX_INPUTS = 8192  # a site with more (half a gigabyte a matrix) is left out
+MOVES = {"permute", "transpose", "t"}
+SHARE = 2**18  # elements of an output that tell its variance
 
 
 @dataclass
@@ -45,9 +53,18 @@ class GramSums:
     num_batches: int = 0
 
     @property
+    def scarce(self) -> bool:
+        """Whether there are too few rows for a solution without much damping."""
+        return self.num_rows < FEW * self.gram.shape[1]
+
+    @property
     def mean(self) -> Tensor:
-        """The mean over rows instead of the sum."""
-        return self.gram / max(self.num_rows, 1)
+        """The mean over rows instead of the sum; where there are few rows, with more on the diagonal."""
+        mean = self.gram / max(self.num_rows, 1)
+        if self.scarce:
+            diagonal = mean.diagonal(dim1=1, dim2=2)[:, :-1]
+            diagonal += DAMPING * diagonal.mean(1, keepdim=True)
+        return mean
 
 
 @dataclass(frozen=True)
@@ -65,60 +82,186 @@ def collect_grams(
 
     Args:
         row_share: of a convolution so many positions are looked at that the products of rows cost this part of the
-            convolution itself (but not fewer than give four rows an input over eight batches); the same for all samples
-            of a batch. Rows of matrix products are all used.
+            convolution itself (but not fewer than give four rows an input in all, where there are as many); the same
+            for all samples of a batch, drawn anew for each batch. Rows of matrix products are all used.
 
     Raises:
         CalibrationError: batches of the wrong form or shape, or activations that are not finite.
     """
-    wanted = {  # (tensors of another trace than the graph's have no labels)
-        site.key: site
-        for site in find_sites(graph.trace)
-        if site.num_inputs <= MAX_INPUTS and (graph.units(site.columns(graph.labels))[0] >= 0).any()
-    }
-    sums: dict[Key, GramSums] = {}
-    generator = torch.Generator().manual_seed(seed)
-    num_samples = 0
-    with untouched(model):
-        model.eval()
-        for batch, (inputs, trace) in enumerate(traced(model, (inputs for inputs, _ in batches(calibration, model)))):
-            sites = [site for site in find_sites(trace) if site.key in wanted]
-            landings = find_landings(trace, sites)
-            looks = _Looks()
-            for site in sites:
-                known = sums.get(site.key)
-                if known is None:
-                    size = site.num_inputs + 1
-                    gram = torch.zeros(site.groups, size, size, dtype=torch.float64)
-                    share = torch.zeros(site.groups, site.num_outputs, dtype=torch.float64)
-                    known = sums[site.key] = GramSums(wanted[site.key], landings[site.key], gram, share)
-                looks.add(site.op, _rows_look(site, known, batch, row_share, generator))
-                _add_share_looks(looks, site, landings[site.key], known)
-            run(model, inputs, Watch(trace, batch, looks.functions))
-            num_samples += num_samples_of(inputs)
-    for known in sums.values():
-        known.output_share /= known.num_batches
-    return Grams(sums, num_samples)
+    number = num_batches_of(calibration)
+    make = lambda: GramCollector(graph, number, row_share=row_share, seed=seed)  # noqa: E731
+    (grams,) = gather(model, graph.trace, calibration, [make])
+    assert isinstance(grams, Grams)
+    return grams
 
 
-def traced(model: nn.Module, inputs: Iterator[ExampleInputs] | Sequence[ExampleInputs]) -> Iterator[tuple[Any, Trace]]:
-    """Each batch with a trace of its shape: operators may decompose differently at another size."""
-    traces: dict[Any, Trace] = {}
-    for batch in inputs:
-        shapes = tuple(leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        if shapes not in traces:
-            try:
-                traces[shapes] = record(model, batch, training=False, on_device=True)
-            except PruneError as error:
-                raise CalibrationError(f"calibration data do not fit the model: {error}") from error
-        yield batch, traces[shapes]
+class GramCollector:
+    """Gathers the Gram matrices of all sites that read what can be removed; see :func:`collect_grams`."""
+
+    def __init__(self, graph: ChannelGraph, num_batches: int, *, row_share: float = 1.0, seed: int = 0) -> None:
+        self._wanted = {  # (tensors of another trace than the graph's have no labels)
+            site.key: site
+            for site in find_sites(graph.trace)
+            if site.num_inputs <= MAX_INPUTS and (graph.units(site.columns(graph.labels))[0] >= 0).any()
+        }
+        self._num_batches, self._row_share = num_batches, row_share
+        self._generator = torch.Generator().manual_seed(seed)
+        self._products: dict[Key, _Products] = {}
+        self._shares: dict[Key, _Share] = {}
+        self._landings: dict[Key, Landing] = {}
+        self._batch = self._num_samples = 0
+
+    def watch(self, trace: Trace, looks: Looks) -> None:
+        """Look at each site and where it lands."""
+        sites = [site for site in find_sites(trace) if site.key in self._wanted]
+        landings = find_landings(trace, sites)
+        for site in sites:
+            self._landings.setdefault(site.key, landings[site.key])
+            looks.add_after(site.op.index, self._rows_look(site))
+            self._shares.setdefault(site.key, _Share(site)).watch(site, landings[site.key], looks)
+
+    def begin(self, batch: int, inputs: ExampleInputs) -> None:
+        """Count the samples."""
+        self._batch = batch
+        self._num_samples += num_samples_of(inputs)
+
+    def result(self) -> Grams:
+        """One matrix a site."""
+        sums = {}
+        for key in list(self._products):
+            products = self._products.pop(key)  # each is of much memory: one after the other
+            site, landing = self._wanted[key], self._landings[key]
+            sums[key] = GramSums(
+                site, landing, products.gram(), self._shares[key].mean, products.num_rows, self._shares[key].num_batches
+            )
+        return Grams(sums, self._num_samples)
+
+    def _rows_look(self, site: Site) -> Look:
+        def look(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+            source = args[site.place]
+            if not bool(source.sum().isfinite()):  # or only too large a sum
+                check_finite(source, site, self._batch)
+            products = self._products.get(site.key)
+            if products is None:
+                products = self._products[site.key] = _Products(site, source.device)
+            for rows in self._rows(site, source):
+                products.add(rows)
+
+        return look
+
+    def _rows(self, site: Site, source: Tensor) -> Iterator[Tensor]:
+        """Rows of a batch as (R, k, g, D / k), a part at a time; of a convolution at some positions."""
+        if not site.is_convolution:
+            for part in site.rows(source, None).split(ROWS, dim=1):
+                yield part.transpose(0, 1).unsqueeze(1)
+            return
+        wanted, share = site.num_rows(source), self._row_share * site.num_outputs / site.num_inputs
+        wanted = max(math.ceil(wanted * share), math.ceil(MIN_ROWS * site.num_inputs / self._num_batches))
+        positions = site.positions(source, wanted, self._generator)
+        of_a_sample = site.num_rows(source) // len(source) if positions is None else len(positions)
+        for samples in source.split(max(1, ROWS // of_a_sample)):
+            yield site.patches(samples, positions)
 
 
-def run(model: nn.Module, inputs: ExampleInputs, watch: Watch) -> Any:
-    """The model's outputs, without gradients."""
-    args, kwargs = as_arguments(inputs)
-    with torch.no_grad(), visible_operators(), watch:
-        return model(*args, **kwargs)
+class _Products:
+    """The sum of ``(x, 1).T @ (x, 1)`` over rows x: half of it, panels of its rows from the diagonal on.
+
+    Inputs are in the order of :meth:`Site.patches`, the kernel's places first.
+    """
+
+    def __init__(self, site: Site, device: torch.device) -> None:
+        self._kernel, size = max(math.prod(site.kernel), 1), site.num_inputs
+        self._upper = torch.zeros(site.groups, size, size, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(site.groups, size, dtype=torch.float64, device=device)
+        width = max(PANEL, math.ceil(size / PANELS))
+        self._panels = [slice(start, start + width) for start in range(0, size, width)]
+        self.num_rows = 0
+
+    def add(self, rows: Tensor) -> None:
+        """More rows, shape (R, k, g, D / k)."""
+        rows = rows.float() if rows.element_size() < 4 else rows
+        rows = rows.permute(2, 0, 1, 3).reshape(self._sum.shape[0], -1, self._sum.shape[1])
+        self._sum += rows.sum(1)
+        for panel in self._panels:
+            add_product(self._upper[:, panel, panel.start :], rows[:, :, panel], rows[:, :, panel.start :])
+        self.num_rows += rows.shape[1]
+
+    def gram(self) -> Tensor:
+        """All of it, in the order of the weight's inputs, shape (g, D + 1, D + 1), on the CPU. To be asked once."""
+        for panel in self._panels:
+            self._upper[:, panel.start :, panel] = self._upper[:, panel, panel.start :].mT.clone()
+        size, inner = self._sum.shape[1], (self._sum.shape[1] // self._kernel, self._kernel)
+        gram = torch.empty(len(self._sum), size + 1, size + 1, dtype=torch.float64)
+        by_kernel = self._upper.unflatten(2, inner[::-1]).unflatten(1, inner[::-1])
+        gram[:, :size, :size].unflatten(2, inner).unflatten(1, inner).copy_(by_kernel.permute(0, 2, 1, 4, 3))
+        gram[:, -1, :size] = self._sum.unflatten(1, inner[::-1]).transpose(1, 2).flatten(1)
+        gram[:, :size, -1] = gram[:, -1, :size]
+        gram[:, -1, -1] = self.num_rows
+        return gram
+
+
+class _Share:
+    """What a squared error of one of each output of a site counts: see :class:`GramSums`."""
+
+    def __init__(self, site: Site) -> None:
+        self._groups, self._num_outputs = site.groups, site.num_outputs
+        self._total = torch.zeros(site.groups, site.num_outputs, dtype=torch.float64)
+        self.num_batches = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """Over the batches, shape (g, O)."""
+        return self._total / max(self.num_batches, 1)
+
+    def watch(self, site: Site, landing: Landing, looks: Looks) -> None:
+        """Note the variances of the output, of what becomes of it in the stream, and of the stream's total.
+
+        Of large outputs some rows tell them (samples of a convolution), spread evenly over the batch.
+        """
+        whole = site.groups > 1 and not site.is_convolution  # its first axis is that of the groups
+        whole = whole or any(base_name(step) in MOVES for step in landing.steps)
+        output: list[Tensor] = []
+
+        def some(value: Tensor) -> Tensor:
+            return value if whole else value[:: max(1, min(value.numel() // SHARE, len(value)))]
+
+        def at_site(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+            variance = self._shaped(_variance(some(result), site.output_axes(result)))
+            if landing.adds:
+                output[:] = [variance]
+            else:
+                self._add(torch.ones_like(variance), variance.sum())
+
+        def at_end(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+            rows, axis = (args[0] if landing.first else args[1], result), landing.axis
+            if axis == result.dim() - 1 and not site.is_convolution and not whole:
+                rows, axis = (rows[0].reshape(-1, rows[0].shape[-1]), result.reshape(-1, result.shape[-1])), 1
+            landed, total = (_variance(some(value), (axis,)) for value in rows)
+            self._add(_part(self._shaped(landed), output[0]), total.sum())
+
+        looks.add_after(site.op.index, at_site)
+        if landing.adds:
+            assert landing.end is not None
+            looks.add_after(landing.end.index, at_end)
+
+    def _shaped(self, variance: Tensor) -> Tensor:
+        return variance.reshape(-1, self._num_outputs).expand(self._groups, self._num_outputs)
+
+    def _add(self, scale: Tensor, total: Tensor) -> None:
+        self._total = self._total + _part(scale, total).cpu()
+        self.num_batches += 1
+
+
+def _part(value: Tensor, whole: Tensor) -> Tensor:
+    """The quotient; zero of nothing."""
+    return torch.where(whole > 0, value / whole, 0.0)
+
+
+def _variance(value: Tensor, axes: Sequence[int]) -> Tensor:
+    """Over all axes but ``axes``; in two passes, which needs no doubles for the sums (and is ten times as fast)."""
+    dims = [d for d in range(value.dim()) if d not in axes]
+    value = value.float() if value.element_size() < 4 else value
+    return (value - value.mean(dims, keepdim=True)).square_().mean(dims).double()
 
 
 def num_samples_of(inputs: ExampleInputs) -> int:
@@ -128,11 +271,7 @@ def num_samples_of(inputs: ExampleInputs) -> int:
 
 def check_finite(rows: Tensor, site: Site, batch: int) -> None:
     """Raises :class:`CalibrationError`, which names the layer and the batch, for rows that are not finite."""
-    if not bool(torch.isfinite(rows).all()):
-        raise CalibrationError(
-            f"activations that enter {site.op.module or 'the model'!r} are not finite in calibration batch {batch}: "
-            "check the data, the normalisation and the weights"
-        )
+    activations.check_finite(rows, site.op.module, batch)
 
 
 def with_ones(rows: Tensor) -> Tensor:
@@ -144,73 +283,4 @@ def with_ones(rows: Tensor) -> Tensor:
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left.T @ right`` for (g, R, A) and (g, R, B), in blocks of rows."""
     for a, b in zip(left.split(BLOCK, dim=1), right.split(BLOCK, dim=1), strict=True):
-        total += (a.transpose(1, 2) @ b).to(total)
-
-
-Look = Callable[[tuple[Any, ...], Mapping[str, Any], Any], None]
-
-
-class _Looks:
-    """Several functions may look at one operator."""
-
-    def __init__(self) -> None:
-        self.functions: dict[int, Look] = {}
-
-    def add(self, op: Op, look: Look) -> None:
-        before = self.functions.get(op.index)
-
-        def both(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-            assert before is not None
-            before(args, kwargs, result)
-            look(args, kwargs, result)
-
-        self.functions[op.index] = look if before is None else both
-
-
-def _rows_look(site: Site, known: GramSums, batch: int, row_share: float, generator: torch.Generator) -> Look:
-    def look(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        source = args[site.place]
-        wanted = site.num_rows(source)
-        if site.is_convolution:
-            share = row_share * site.num_outputs / site.num_inputs
-            wanted = max(math.ceil(wanted * share), math.ceil(MIN_ROWS * site.num_inputs / 8))
-        rows = site.rows(source, site.positions(source, wanted, generator))
-        check_finite(rows, site, batch)
-        rows = with_ones(rows)
-        add_product(known.gram, rows, rows)
-        known.num_rows += rows.shape[1]
-
-    return look
-
-
-def _add_share_looks(looks: _Looks, site: Site, landing: Landing, known: GramSums) -> None:
-    """Note the variances of the output, of what becomes of it in the stream, and of the stream's total."""
-    variance: dict[str, Tensor] = {}
-
-    def at_site(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        variance["output"] = _variance(site, result)
-        if not landing.adds:
-            known.output_share += _part(torch.ones(()), variance["output"].sum())
-            known.num_batches += 1
-
-    def at_end(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        mine = args[0] if landing.first else args[1]
-        dims = [d for d in range(result.dim()) if d != landing.axis]
-        total = result.double().var(dims, correction=0).sum().cpu()
-        landed = mine.double().var(dims, correction=0).reshape(known.output_share.shape).cpu()
-        known.output_share += _part(_part(landed, variance["output"]), total)
-        known.num_batches += 1
-
-    looks.add(site.op, at_site)
-    if landing.adds:
-        assert landing.end is not None
-        looks.add(landing.end, at_end)
-
-
-def _part(value: Tensor, whole: Tensor) -> Tensor:
-    """The quotient; zero of nothing."""
-    return torch.where(whole > 0, value.double() / whole, 0.0)
-
-
-def _variance(site: Site, result: Tensor) -> Tensor:
-    return site.outputs(result, None).double().var(1, correction=0).cpu()
+        total += a.mT @ b

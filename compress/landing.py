@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from compress.recorder import Op, TensorRef, Trace
 from compress.rules.registry import base_name
 from compress.sites import Key, Site
+from compress.uses import Uses
 
 RESHAPES = {"view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "alias", "clone"}
 NORMS = {"native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm"}
@@ -39,25 +40,22 @@ def find_landings(trace: Trace, sites: Sequence[Site]) -> dict[Key, Landing]:
 
 class _Walk:
     def __init__(self, trace: Trace) -> None:
-        self.uses: dict[int, list[Op]] = {}
+        self.uses = Uses(trace)
         self.names = {ref.id: name for name, ref in trace.parameters.items()}
         self.weights = set(self.names)
         for op in trace.evaluation:
-            for ref in dict.fromkeys(t.id for t in op.tensors):
-                self.uses.setdefault(ref, []).append(op)
             if op.tensors and all(t.id in self.weights for t in op.tensors):
                 self.weights.update(ref.id for ref in op.outputs)
-        self.outputs = {ref.id for ref in trace.outputs}
 
     def landing(self, site: Site) -> Landing:
-        ref, steps = site.result, list[Op]()
+        ref, maker, steps = site.result, site.op, list[Op]()
         axis = 1 if site.is_convolution else len(ref.shape) - 1
         intercept = (site.bias, 1) if site.bias is not None and self._only_use(site.bias) else None
         # (the matrices of a batched product share what is added to them)
         shifted = (
             not site.is_convolution and site.groups > 1
         )  # from here on a shift of the site's outputs is no shift by the same number
-        while (op := self._next(ref)) is not None:
+        while (op := self.uses.only_reader(ref, maker)) is not None:
             name = base_name(op)
             others = [t for t in op.tensors if t.id != ref.id]
             known = all(t.id in self.weights for t in others)
@@ -76,7 +74,7 @@ class _Walk:
             else:
                 return self._end(op, name, ref, steps, axis, intercept)
             steps.append(op)
-            ref = op.outputs[0]
+            ref, maker = op.outputs[0], op
         return Landing(intercept=intercept)
 
     def _end(
@@ -84,17 +82,12 @@ class _Walk:
     ) -> Landing:
         others = [t for t in op.tensors if t.id != ref.id]
         adds = name == "add" and [t.shape for t in others] == [ref.shape] and op.arguments["alpha"] == 1
-        following = self._next(op.outputs[0]) if adds else op
+        following = self.uses.only_reader(op.outputs[0], op) if adds else op
         rectified = following is not None and base_name(following) == "relu"
         return Landing(tuple(steps), op, adds, op.tensors[0] == ref, axis, rectified, intercept)
 
-    def _next(self, ref: TensorRef) -> Op | None:
-        """The only operator that uses a tensor."""
-        found = self.uses.get(ref.id, [])
-        return found[0] if len(found) == 1 and ref.id not in self.outputs else None
-
     def _only_use(self, name: str) -> bool:
-        return sum(len(self.uses.get(ref, ())) for ref, known in self.names.items() if known == name) == 1
+        return sum(len(self.uses.of(ref)) for ref, known in self.names.items() if known == name) == 1
 
     def _named(self, ref: TensorRef | None, sign: int) -> tuple[str, int] | None:
         """A parameter or buffer that is used here and nowhere else."""

@@ -20,7 +20,7 @@ from compress.recorder import Trace
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
-from compress.score import collect_evidence, removals_of
+from compress.score import check_needs, collect_evidence, removals_of
 from compress.select import FLOOR, SelectOptions
 from compress.surgery import move_optimizer
 from compress.trace import ExampleInputs, record
@@ -111,6 +111,7 @@ def prune(
     methods = methods_of(recover)
     if methods:
         calibration = check_calibration(calibration, f"recover={recover!r}")
+    check_needs([score], calibration)
     graph = trace(model, example_inputs).protecting(protect)
     graph = graph.exactly() if exact_only else graph
     evidence = collect_evidence(model, graph, [score], calibration, loss, seed)

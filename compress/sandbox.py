@@ -85,10 +85,8 @@ def visible_operators() -> Iterator[None]:
     before = {name: getattr(F, name) for name in names}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    # (the public context manager of oneDNN warns about graphics cards)
-    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    torch._C._set_cudnn_enabled(False)
+    _outside.append((torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()))
+    use_backends(onednn=False, cudnn=False)
     for name in names:
         setattr(F, name, lambda *_: False)
     try:
@@ -96,10 +94,36 @@ def visible_operators() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        torch._C._set_mkldnn_enabled(onednn)
-        torch._C._set_cudnn_enabled(cudnn)
+        onednn, cudnn = _outside.pop()
+        use_backends(onednn=onednn, cudnn=cudnn)
         for name, function in before.items():
             setattr(F, name, function)
+
+
+_outside: list[tuple[bool, bool]] = []  # what was on outside each `visible_operators`, as these are: for all threads
+
+
+def backends_outside() -> tuple[bool, bool]:
+    """Whether oneDNN and cuDNN are on outside `visible_operators`: an operator that was chosen may use them."""
+    return _outside[0] if _outside else (torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled())
+
+
+def use_backends(*, onednn: bool, cudnn: bool) -> None:
+    """Turn them on or off (the public context manager of oneDNN warns about graphics cards)."""
+    torch._C._set_mkldnn_enabled(onednn)
+    torch._C._set_cudnn_enabled(cudnn)
+
+
+@contextmanager
+def quick_operators() -> Iterator[None]:
+    """The fast backends, also inside :func:`visible_operators`: for operators that are known already."""
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    onednn, cudnn = backends_outside()
+    use_backends(onednn=onednn, cudnn=cudnn)
+    try:
+        yield
+    finally:
+        use_backends(onednn=before[0], cudnn=before[1])
 
 
 def substitute(model: nn.Module, recorder: Recorder, stand_in: Callable[[Tensor], Tensor]) -> None:

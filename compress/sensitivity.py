@@ -24,7 +24,7 @@ from compress.folder import claim, write_file
 from compress.loop import digests
 from compress.plan import make_plan
 from compress.sandbox import untouched, unwrapped
-from compress.score import collect_evidence, removals_of
+from compress.score import check_needs, collect_evidence, removals_of
 from compress.surgery import masked
 from compress.trace import ExampleInputs
 
@@ -87,12 +87,13 @@ def sensitivity(
     model, folder = unwrapped(model), Path(folder)
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise PruneError(f"ratios are {list(ratios)}; give parts to keep above 0 and below 1, such as 0.5")
-    graph = trace(model, example_inputs)
-    if not graph.groups:
-        raise PruneError("no channel of this model can be removed: prunus inspect says why")
     named = {_name(criterion): resolve(criterion) for criterion in criteria}
     if len(named) != len(criteria) or not named:
         raise PruneError(f"criteria are {', '.join(map(_name, criteria)) or 'none'}; give each once, and at least one")
+    check_needs(list(named.values()), calibration)
+    graph = trace(model, example_inputs)
+    if not graph.groups:
+        raise PruneError("no channel of this model can be removed: prunus inspect says why")
     evidence = collect_evidence(model, graph, list(named.values()), calibration, loss, seed)
     scores = {name: removals_of(criterion, evidence)[1] for name, criterion in named.items()}
     description = {**digests(model), "criteria": list(named), "ratios": list(ratios), "seed": seed}

@@ -15,7 +15,8 @@ from compress.calibration import Calibration, batches
 from compress.errors import PruneError
 from compress.plan import PrunePlan
 from compress.recover.batch_norm import reestimate_batch_norm, statistics
-from compress.recover.least_squares import LayerError, refit
+from compress.recover.layer import LayerError
+from compress.recover.least_squares import refit
 from compress.sites import Site
 from compress.trial import Trial
 

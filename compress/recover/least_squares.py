@@ -5,12 +5,11 @@ The layers that read removed channels lost what those told them; the kept ones c
 lockstep, so that each layer is fitted to what the layers before it, refitted already, give. What a layer adds to a
 residual stream is fitted to what the dense stream has more than the pruned one, so that errors do not accumulate (as in
 ThiNet's and He's sequential reconstruction, section 3.3 there); before a ReLU, targets below zero may be missed below
-zero (Zhang et al. 2016, "Accelerating very deep convolutional networks", section 3.2).
+zero (Zhang et al. 2016, "Accelerating very deep convolutional networks", section 3.2). A layer that feeds another one
+alone is refitted once more together with that (see :mod:`compress.recover.joint`).
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +17,12 @@ from torch import Tensor, nn
 from compress.gram import MAX_INPUTS, traced
 from compress.labels import Array
 from compress.plan import PrunePlan
+from compress.recover.joint import refit_chain
+from compress.recover.layer import Layer, LayerError
 from compress.recover.pair import Pair
-from compress.recover.regression import CAUTIOUS, RIDGES, Method, Regression, Rows
-from compress.sandbox import untouched, visible_operators
+from compress.sandbox import quick_operators, untouched, visible_operators
 from compress.sites import Key, Site
 from compress.trace import ExampleInputs
-
-MAX_ROWS = 32768  # of one layer, or eight for each input where that is more
-ROWS_PER_INPUT = 8
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """Squared error of what a layer gives, against the dense model, as a part of its variance, on held-out data.
-
-    ``method`` says what was kept; empty where nothing helped.
-    """
-
-    name: str
-    before: float
-    after: float
-    method: str
-    scarce: bool = False
 
 
 def refit(
@@ -77,6 +60,8 @@ def refit(
         order = [key for key in pairs[0].order if all(key in pair.order for pair in pairs)]
         lands = {key: all(pair.lands[key] for pair in pairs) for key in order}
         outputs = [ref.id for ref in small[0][1].outputs]
+        chains = _chains(pairs, order)
+        waiting = {first for (first,) in chains.values()}
         try:
             for side in (side for pair in pairs for side in pair.sides):
                 side.start(lands)
@@ -87,13 +72,16 @@ def refit(
                 kept = pairs[0].large.sites[key].kept_outputs(removed.get(key[0], ()), shapes[key[0]])
                 methods = choose(site, outputs)
                 if methods and _suitable(pairs, key, tensors[key[0]]):
-                    report.append(
-                        _refit_layer(pairs, key, lands[key], torch.from_numpy(kept), tensors, methods, generator)
-                    )
-                    for pair in pairs:
-                        pair.small.renew(key)
-                for side in (side for pair in pairs for side in pair.sides):
-                    side.release(key)
+                    layer = Layer(pairs, key, lands[key], torch.from_numpy(kept), tensors, generator)
+                    with quick_operators():
+                        error = layer.refit(methods)
+                        if key in chains and "least_squares" in methods:
+                            error = refit_chain(layer, error, methods)
+                        report.append(error)
+                for pair in pairs:
+                    pair.large.release(key)
+                    for done in (key, *chains.get(key, ())) if key not in waiting else ():
+                        pair.small.release(done)
         finally:
             for side in (side for pair in pairs for side in pair.sides):
                 side.abandon()
@@ -110,69 +98,11 @@ def _suitable(pairs: Sequence[Pair], key: Key, weight: Tensor) -> bool:
     return small and weight.is_floating_point() and all(side.unchanged(key) for side in sides)
 
 
-def _refit_layer(
-    pairs: Sequence[Pair],
-    key: Key,
-    lands: bool,
-    kept: Tensor,
-    tensors: Mapping[str, Tensor],
-    allowed: Sequence[str],
-    generator: torch.Generator,
-) -> LayerError:
-    """Solve for one layer from all batches; what helps is written into the model."""
-    side = pairs[0].small
-    site, intercept = side.sites[key], side.landings[key].intercept
-    weight = tensors[site.parameter]
-    shift = None if intercept is None else tensors[intercept[0]]
-    constant = shift if intercept is not None and intercept[0] == site.bias else None
-    total = sum(pair.small.sites[key].num_rows(pair.small.source(key)) for pair in pairs)
-    share = min(1.0, max(MAX_ROWS, ROWS_PER_INPUT * site.num_inputs) / max(total, 1))
-    rows = [_rows(pair, key, lands, kept, constant, share, generator) for pair in pairs]
-    regression = Regression(site.matrix(weight).double().cpu(), rows, free=shift is not None)
-    least = CAUTIOUS if regression.scarce else 0.0
-    methods = [Method()] if shift is not None and "bias" in allowed else []
-    methods += [Method(ridge) for ridge in RIDGES if ridge >= least] if "least_squares" in allowed else []
-    matrix, method, before, after = regression.best(methods)
-    if method is not None:
-        site.write(weight, matrix[:, :, :-1].to(weight))
-        if shift is not None and intercept is not None:
-            shift.detach().add_(matrix[:, :, -1].reshape(shift.shape).to(shift), alpha=intercept[1])
-    name = site.parameter.removesuffix(".weight")
-    return LayerError(name, before, after, "" if method is None else str(method), regression.scarce)
-
-
-def _rows(
-    pair: Pair,
-    key: Key,
-    lands: bool,
-    kept: Tensor,
-    constant: Tensor | None,
-    share: float,
-    generator: torch.Generator,
-) -> Rows:
-    """What enters the site of the pruned model, and what it should give, at the same positions of both."""
-    small, large = pair.small, pair.large
-    here, there = small.sites[key], large.sites[key]
-    source = small.source(key)
-    positions = here.positions(source, math.ceil(here.num_rows(source) * share), generator)
-    found = here.outputs(small.output(key), positions)
-
-    def at(value: Tensor, site: Site, chosen: Tensor | None = None) -> Tensor:
-        rows = site.outputs(value, positions)
-        flat = rows.permute(1, 0, 2).reshape(rows.shape[1], -1)
-        flat = flat if chosen is None else flat[:, chosen.to(flat.device)]
-        return flat.reshape(len(flat), here.groups, -1).permute(1, 0, 2)
-
-    zero = sign = None
-    if lands:
-        mine, scale = (at(value, here) for value in small.landed(key))
-        theirs = at(large.landed(key)[0], there, kept)
-        targets = found + torch.where(scale == 0, 0.0, (theirs - mine) / scale)
-        if small.landings[key].rectified:
-            zero, sign = found - torch.where(scale == 0, 0.0, mine / scale), scale.sign()
-    else:
-        targets = at(large.output(key), there, kept)
-    if constant is not None:  # the operator adds it to what the rows give
-        own = constant.detach().reshape(here.groups, 1, -1)
-        targets, zero = targets - own, None if zero is None else zero - own
-    return Rows(here.rows(source, positions), targets, zero, sign)
+def _chains(pairs: Sequence[Pair], order: Sequence[Key]) -> dict[Key, tuple[Key]]:
+    """The layers that are fed by one other layer alone, and that layer."""
+    chains = pairs[0].small.chains
+    return {
+        second: (chain.first,)
+        for second, chain in chains.items()
+        if second in order and chain.first in order and all(second in pair.small.chains for pair in pairs)
+    }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from compress.gram import check_finite
 from compress.landing import find_landings
 from compress.recorder import Op, Trace
+from compress.recover.chain import find_chains
 from compress.recover.lockstep import Run
 from compress.sites import Key, by_key, find_sites
 from compress.trace import ExampleInputs
@@ -28,7 +29,10 @@ class _Held:
 
     def again(self, replaced: Tensor | None = None, by: Tensor | None = None) -> Tensor:
         """Run it again, with another tensor in the place of one argument."""
-        args = [by if replaced is not None and arg is replaced else arg for arg in self.args]
+        with torch.no_grad():  # (autograd refuses views of weights that were written to)
+            args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in self.args]
+        if replaced is not None:
+            args = [by if arg is replaced else new for arg, new in zip(self.args, args, strict=True)]
         return _first(self.func(*args, **self.kwargs))
 
     @property
@@ -43,6 +47,7 @@ class Side:
     def __init__(self, model: nn.Module, inputs: ExampleInputs, trace: Trace, batch: int) -> None:
         self.sites = by_key(find_sites(trace))
         self.landings = find_landings(trace, list(self.sites.values()))
+        self.chains = find_chains(trace, list(self.sites.values()))
         self.batch = batch
         self._model, self._inputs, self._trace = model, inputs, trace
         self._held: dict[int, _Held] = {}
@@ -61,6 +66,9 @@ class Side:
                 assert landing.end is not None
                 after.update({op.index: self._hold(op, None) for op in landing.steps})
                 stops.setdefault(landing.end.index, []).append(key)
+        for chain in self.chains.values():
+            if chain.first in lands and chain.second in lands:
+                after.update({op.index: self._hold(op, None) for op in chain.path if op.index not in after})
         before = {index: self._stop(keys) for index, keys in stops.items()}
         self._run = Run(self._model, self._inputs, lambda: Watch(self._trace, self.batch, after, before))
 
@@ -85,9 +93,15 @@ class Side:
         """Whether the site can be run again: nothing wrote into its input since."""
         return self._held[self.sites[key].op.index].unchanged
 
-    def output(self, key: Key) -> Tensor:
-        """What the site gives with its present weights."""
-        return self._held[self.sites[key].op.index].again()
+    def output(self, key: Key, source: Tensor | None = None) -> Tensor:
+        """What the site gives with its present weights, from another ``source`` if one is given."""
+        held = self._held[self.sites[key].op.index]
+        return held.again() if source is None else held.again(held.args[self.sites[key].place], source)
+
+    def follow(self, second: Key, start: Tensor) -> Tensor:
+        """What enters ``second`` if the layer that feeds it gives ``start``."""
+        chain = self.chains[second]
+        return self._follow(self.sites[chain.first].op, chain.path, start)
 
     def landed(self, key: Key) -> tuple[Tensor, Tensor]:
         """What comes of the site's output where it lands (the sum with the stream, if that is added), and the scale of
@@ -101,7 +115,7 @@ class Side:
             end = end + (right if self.landings[key].first else left)
         with torch.enable_grad():
             leaf = torch.zeros_like(self._held[self.sites[key].op.index].result).requires_grad_()
-            made = self._follow(key, leaf.clone())
+            made = self._follow(self.sites[key].op, self.landings[key].steps, leaf.clone())
             scale, scaled = (
                 torch.autograd.grad(made, leaf, value, retain_graph=True)[0] for value in (torch.ones_like(made), end)
             )
@@ -111,23 +125,24 @@ class Side:
         """Go on with what the site gives now."""
         new = self.output(key)
         if self._lands[key]:
-            self._landed(key).copy_(self._follow(key, new))
+            self._landed(key).copy_(self._follow(self.sites[key].op, self.landings[key].steps, new))
         else:
             self._held[self.sites[key].op.index].result.copy_(new)
 
     def release(self, key: Key) -> None:
         """Forget what was held for the site."""
-        for op in (self.sites[key].op, *self.landings[key].steps):
+        chain = self.chains.get(key)
+        for op in (self.sites[key].op, *self.landings[key].steps, *(() if chain is None else chain.path)):
             self._held.pop(op.index, None)
 
     def _landed(self, key: Key) -> Tensor:
         steps = self.landings[key].steps
         return self._held[steps[-1].index if steps else self.sites[key].op.index].result
 
-    def _follow(self, key: Key, start: Tensor) -> Tensor:
-        """What the steps make of ``start`` in the place of the site's output."""
-        old = self._held[self.sites[key].op.index].result
-        for step in self.landings[key].steps:
+    def _follow(self, first: Op, steps: Sequence[Op], start: Tensor) -> Tensor:
+        """What ``steps`` make of ``start`` in the place of the first operator's result."""
+        old = self._held[first.index].result
+        for step in steps:
             held = self._held[step.index]
             start, old = held.again(old, start), held.result
         return start

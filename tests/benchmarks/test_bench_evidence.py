@@ -12,5 +12,5 @@ def test_times_every_kind_of_evidence(tmp_path: Path, monkeypatch: pytest.Monkey
     assert bench_evidence.main(["--repeats", "1", "--output", str(output)]) == 0
     (found,) = json.loads(output.read_text())["results"]
     assert found["ratio"]["forward"] == 1
-    assert set(found["seconds"]) == {"forward", "activations", "gradients"}
+    assert set(found["seconds"]) == {"forward", "activations", "with Grams", "gradients"}
     assert min(found["seconds"].values()) > 0

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from compress import CRITERIA, Budget, PruneError, prune, trace
+from compress.activations import collect_activations
 from compress.criteria import needs, resolve
-from compress.evidence import Evidence, collect_activations
+from compress.evidence import Evidence
 from tests.compress.helpers import image, lively
 
 BATCHES = [image(5, 3, 9, 7, seed=1), image(2, 3, 9, 7, seed=2), image(1, 3, 9, 7, seed=3), image(5, 3, 9, 7, seed=4)]

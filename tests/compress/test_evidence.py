@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 import compress
-from compress.evidence import Evidence, collect_activations
+from compress.activations import collect_activations
+from compress.evidence import Evidence
 from tests.compress.helpers import image, tokens
 
 

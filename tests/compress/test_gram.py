@@ -98,6 +98,90 @@ def test_what_an_error_counts_is_its_part_of_the_residual_stream() -> None:
     assert torch.allclose(share[0], scale / total)
 
 
+def _conv_gram(batches, model, **options):
+    graph = compress.trace(model, batches[0])
+    return collect_grams(model, graph, batches, **options).sums["body.weight", 0]
+
+
+def test_a_sample_of_the_positions_estimates_the_mean_without_bias() -> None:
+    """The mean over many draws is the exact one, and each draw differs from it."""
+    batch = image(6, 3, 11, 9).double()
+    model = lively(Net()).double()
+    exact = _conv_gram([batch], model, row_share=1e9).mean
+    draws = [_conv_gram([batch] * 12, model, row_share=1e-9, seed=seed) for seed in range(60)]
+    assert draws[0].num_rows < 12 * 6 * 7 * 5 / 3, "few of the positions"
+    found = torch.stack([draw.mean for draw in draws])
+    spread = found.std(0) / len(draws) ** 0.5
+    assert (spread[0, :-1, :-1] > 0).any()
+    assert ((found.mean(0) - exact).abs() <= 5 * spread + 1e-12).all()
+
+
+def test_samples_are_decided_by_the_seed() -> None:
+    batches = [image(6, 3, 11, 9, seed=seed).double() for seed in range(12)]
+    model = lively(Net()).double()
+    first, again, other = (_conv_gram(batches, model, row_share=1e-9, seed=seed).gram for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_wide_layer_is_summed_in_panels() -> None:
+    """More inputs than one panel holds: the half that is not computed is the mirror of the other."""
+    model = nn.Sequential(nn.Conv2d(3, 70, 1), nn.Tanh(), nn.Conv2d(70, 4, (3, 2), padding=(1, 0))).double()
+    x = image(5, 3, 9, 7).double()
+    graph = compress.trace(model, x)
+    known = collect_grams(model, graph, [x], row_share=1e9).sums["2.weight", 0]
+    with torch.no_grad():
+        rows = nn.functional.unfold(model[:2](x), (3, 2), padding=(1, 0)).transpose(1, 2).reshape(-1, 70 * 6)
+    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(known.gram[0], rows.T @ rows, rtol=1e-10, atol=1e-10)
+
+
+def test_single_precision_is_summed_in_double() -> None:
+    model = nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 4))
+    x = image(20000, 3) + 100
+    graph = compress.trace(model, x)
+    known = collect_grams(model, graph, [x]).sums["1.weight", 0]
+    with torch.no_grad():
+        rows = torch.cat([model[0](x), torch.ones(len(x), 1)], dim=1).double()
+    torch.testing.assert_close(known.gram[0], rows.T @ rows, rtol=1e-6, atol=0)
+
+
+def test_the_variance_of_a_large_output_is_told_by_some_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 9, 1), nn.Conv2d(9, 6, 3, padding=1)
+            self.norm, self.head = nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.norm(self.b(self.a(x).relu())))
+
+    model, x = lively(Block()), image(64, 3, 8, 8).double()
+    graph = compress.trace(model, x)
+    exact = collect_grams(model, graph, [x]).sums
+    monkeypatch.setattr(compress.gram, "SHARE", 6 * 64 * 16)
+    found = collect_grams(model, graph, [x]).sums
+    assert not torch.equal(found["b.weight", 0].output_share, exact["b.weight", 0].output_share)
+    for key, known in found.items():
+        torch.testing.assert_close(known.output_share, exact[key].output_share, rtol=0.2, atol=0)
+
+
+def test_too_few_samples_warn_and_damp() -> None:
+    batches = [image(5, 3, 11, 9).double()]
+    model = lively(Net()).double()
+    with pytest.warns(UserWarning, match=r"too few calibration samples for 1 layers \(head has 36 inputs and saw 5"):
+        compress.prune(
+            model, batches[0], budget=compress.Budget(channels=0.7), criterion="reconstruction", calibration=batches
+        )
+    known = collect_grams(model, compress.trace(model, batches[0]), batches).sums["head.weight", 0]
+    plain = known.gram / known.num_rows
+    assert known.scarce
+    assert torch.linalg.matrix_rank(plain[0]) < 37
+    assert torch.linalg.matrix_rank(known.mean[0]) == 37
+    assert torch.equal(known.mean[:, -1], plain[:, -1]), "constants are not damped"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{"criterion": "reconstruction"}, {"recover": True}])
 def test_activations_that_are_not_finite_name_layer_and_batch(value: float, options) -> None:
