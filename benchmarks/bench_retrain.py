@@ -32,7 +32,7 @@ from benchmarks.peer import prune_to_macs
 from compress.folder import write_file
 from compress.seeding import seed_everything
 from mtl import Distillation, FitOptions, Task, evaluate, fit
-from mtl.batch import unpack
+from mtl.batch import move
 from mtl.data import ImageData
 from mtl.placement import Placement
 from scripts.sources import open_data
@@ -193,7 +193,7 @@ class Run:
         size = self.config.batch_size
         loader = self.data.loader("train", batch_size=size, augment=False, limit=limit, seed=self.seed)
         device = next(self.dense.parameters()).device
-        return [unpack(batch, device) for batch in loader]
+        return [move(batch, device) for batch in loader]
 
     def _example(self) -> torch.Tensor:
         return torch.zeros(1, *self.data.image_shape, device=next(self.dense.parameters()).device)

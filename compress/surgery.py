@@ -205,6 +205,8 @@ def _describe_modules(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._NormBase):
             known = [t for t in (module.weight, module.running_mean) if t is not None]
             module.num_features = known[0].shape[0] if known else module.num_features
+        elif isinstance(module, nn.RNNCellBase) and getattr(module, "weight_hh", None) is not None:
+            module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
         elif getattr(module, "weight", None) is None:
             continue  # it has none, or is given one at each call, as in mtl.SoftShared
         elif isinstance(module, nn.modules.conv._ConvNd):
@@ -217,7 +219,5 @@ def _describe_modules(model: nn.Module) -> None:
             module.num_channels = module.weight.shape[0]
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
-        elif isinstance(module, nn.RNNCellBase):
-            module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
         elif isinstance(module, nn.PReLU):
             module.num_parameters = module.weight.shape[0]

@@ -176,7 +176,8 @@ class Task:
         if known is None or labels.left_out:
             return output, target
         if not isinstance(self.loss, _NUMERIC) and known.dim() > 1:
-            known = known.flatten(1).all(1)  # what such a loss takes is a sample, so that all of it must be labelled
+            # such a loss takes whole samples: it may know of a class that does not count, but never of NaN
+            known = known.flatten(1).all(1) if target.is_floating_point() else known.flatten(1).any(1)
         return output[known], target[known]
 
     def check(self, output: Tensor, labels: Labels) -> None:

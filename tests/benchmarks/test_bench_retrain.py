@@ -25,6 +25,7 @@ def test_says_what_it_needs_and_is_no_failure(bench, tmp_path: Path, capsys: pyt
     assert not output.exists()
 
 
+@pytest.mark.filterwarnings("ignore:too few calibration")  # a dry run has three batches
 def test_a_dry_run_goes_through_all_of_it_and_resumes(checkpoint: str, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     flags = [*TINY, "--checkpoint", checkpoint, "--output", str(output), "--folder", str(tmp_path / "runs")]
