@@ -10,9 +10,10 @@ from torch import nn
 import compress
 from compress.activations import ActivationCollector, collect_activations
 from compress.gram import GramCollector, collect_grams
-from compress.sandbox import backends_outside
+from compress.sandbox import backends_outside, visible_operators
 from compress.score import check_needs
-from compress.watch import gather
+from compress.trace import record
+from compress.watch import RESTRIDE, Watch, gather
 from tests.compress.helpers import image
 
 RUNS: list[torch.Size] = []  # of all models, as what a model holds is put back
@@ -108,3 +109,24 @@ def test_backends_are_as_before() -> None:
     with pytest.raises(compress.CalibrationError):
         collect_activations(model, compress.trace(model, batch), [image(4, 2, 7, 7)])
     assert backends_outside() == before == (torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled())
+
+
+def test_a_change_of_memory_format_alone_is_no_other_path() -> None:
+    """Pooling to one pixel restrides its result where channels lie last in memory: the values are the same."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+    first, last = image(4, 3, 6, 6), image(4, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    traces = [record(model, x, training=False, on_device=True) for x in (first, last)]
+    assert [RESTRIDE in {op.func for op in trace.evaluation} for trace in traces] == [False, True]
+    for trace in traces:
+        for x in (first, last):
+            seen: list[torch.Tensor] = []
+            at = next(op.index for op in trace.evaluation if "addmm" in str(op.func))
+            with (
+                torch.no_grad(),
+                visible_operators(),
+                Watch(trace, 0, {at: lambda args, kwargs, result: seen.append(result)}),
+            ):
+                outputs = model(x)
+            assert torch.equal(seen[0], outputs)
