@@ -113,20 +113,16 @@ def test_backends_are_as_before() -> None:
 
 def test_a_change_of_memory_format_alone_is_no_other_path() -> None:
     """Pooling to one pixel restrides its result where channels lie last in memory: the values are the same."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
-    )
+    pool = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *pool, nn.Linear(8, 5))
     first, last = image(4, 3, 6, 6), image(4, 3, 6, 6).contiguous(memory_format=torch.channels_last)
     traces = [record(model, x, training=False, on_device=True) for x in (first, last)]
     assert [RESTRIDE in {op.func for op in trace.evaluation} for trace in traces] == [False, True]
+    seen: list[torch.Tensor] = []
     for trace in traces:
+        at = next(op.index for op in trace.evaluation if "addmm" in str(op.func))
         for x in (first, last):
-            seen: list[torch.Tensor] = []
-            at = next(op.index for op in trace.evaluation if "addmm" in str(op.func))
-            with (
-                torch.no_grad(),
-                visible_operators(),
-                Watch(trace, 0, {at: lambda args, kwargs, result: seen.append(result)}),
-            ):
+            watch = Watch(trace, 0, {at: lambda args, kwargs, result: seen.append(result)})
+            with torch.no_grad(), visible_operators(), watch:
                 outputs = model(x)
-            assert torch.equal(seen[0], outputs)
+            assert torch.equal(seen[-1], outputs)
