@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from layers.conv import has_hooks
+from layers.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, has_hooks
+from layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-# Exact types: a subclass may do more in its forward (timm's BatchNormAct2d also activates).
 _DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Number of axes of a batch that each layer produces, and that each norm takes (None: any).
@@ -25,6 +25,15 @@ _NORM_DIMS = {
     nn.SyncBatchNorm: None,
     FrozenBatchNorm2d: 4,
 }
+_KINDS = (*_DENSE, *_NORM_DIMS)
+# These only check their input before they do what their base does.
+_CHECKED = (
+    *(Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d),
+    *(BatchNorm1d, BatchNorm2d, BatchNorm3d),
+)
+# What a subclass may define and still compute what its base does, beside double-underscore names other than these.
+_HARMLESS = {"extra_repr", "reset_parameters"}
+_HARMFUL = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
@@ -46,7 +55,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     """
     folded = copy.deepcopy(model).eval()
     modules = dict(folded.named_modules())
-    if not any(type(module) in _NORM_DIMS for module in modules.values()):
+    if not any(_kind(module) in _NORM_DIMS for module in modules.values()):
         return folded
     replaced: dict[nn.Module, nn.Module] = {}
     # Tracing may leave marks on a module (attributes set in its forward), so it gets a copy of its own.
@@ -61,13 +70,31 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return folded
 
 
+def _kind(module: nn.Module) -> Any:
+    """The class of `_KINDS` whose arithmetic is that of `module`, or None.
+
+    A subclass may do more than its base (timm's BatchNormAct2d also activates, a parametrised layer works out its
+    weight), so all that it defines must be known not to matter.
+    """
+    for cls in type(module).__mro__:
+        if cls in _KINDS:
+            return None if "forward" in vars(module) else cls
+        names = {name for name in vars(cls) if not (name.startswith("__") and name.endswith("__"))} - _HARMLESS
+        if cls not in _CHECKED and (names or not _HARMFUL.isdisjoint(vars(cls))):
+            return None
+    return None
+
+
 class _Tracer(fx.Tracer):
-    """Follows calls down to the modules of torch.nn and torchvision's frozen norm, and sees who reads their tensors."""
+    """Follows calls down to layers, norms and other modules of torch.nn, and sees who reads their tensors."""
 
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) is FrozenBatchNorm2d or super().is_leaf_module(m, module_qualified_name)
+        # Blocks of `layers` read no tensors but their own, so that those with nothing to fold need not be looked into.
+        ours = type(m).__module__.startswith("layers.")
+        nothing_inside = ours and not any(isinstance(each, _KINDS) for each in m.modules())
+        return isinstance(m, _KINDS) or nothing_inside or super().is_leaf_module(m, module_qualified_name)
 
 
 @dataclass
@@ -118,9 +145,9 @@ def _dataflow(model: nn.Module, graph: fx.Graph) -> _Dataflow:
     called = {node: modules[str(node.target)] for node in graph.nodes if node.op == "call_module"}
     dataflow = _Dataflow()
     for node, module in called.items():
-        if type(module) in _OUTPUT_DIMS:
+        if _kind(module) in _OUTPUT_DIMS:
             dataflow.followers[module].append(called.get(next(iter(node.users))) if len(node.users) == 1 else None)
-        elif type(module) in _NORM_DIMS:
+        elif _kind(module) in _NORM_DIMS:
             dataflow.predecessors[module].append(called.get(node.all_input_nodes[0]) if node.all_input_nodes else None)
     return dataflow
 
@@ -144,9 +171,10 @@ def _tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
 
 def _compatible(layer: nn.Module, norm: nn.Module) -> bool:
     """Whether `norm` is a fixed affine map of the channels that `layer` produces."""
-    if type(layer) not in _OUTPUT_DIMS or type(norm) not in _NORM_DIMS or norm.running_mean is None:
+    layer_kind, norm_kind = _kind(layer), _kind(norm)
+    if layer_kind not in _OUTPUT_DIMS or norm_kind not in _NORM_DIMS or norm.running_mean is None:
         return False
-    if _NORM_DIMS[type(norm)] not in (None, _OUTPUT_DIMS[type(layer)]):
+    if _NORM_DIMS[norm_kind] not in (None, _OUTPUT_DIMS[layer_kind]):
         return False
     return not has_hooks(layer) and not has_hooks(norm)
 
@@ -158,7 +186,7 @@ def _compatible(layer: nn.Module, norm: nn.Module) -> bool:
 def _fold(layer: Any, norm: Any) -> None:
     """Change the parameters of `layer` to those of `norm` after `layer`."""
     scale, shift = norm_as_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-    groups = layer.groups if type(layer) in _TRANSPOSED else None
+    groups = layer.groups if _kind(layer) in _TRANSPOSED else None
     weight, bias = scale_outputs(layer.weight, layer.bias, scale, shift, transposed_groups=groups)
     trainable = layer.weight.requires_grad
     layer.bias = nn.Parameter(bias, requires_grad=trainable)
@@ -233,4 +261,4 @@ class _BatchOf(nn.Identity):
 
 
 def _identity(layer: nn.Module, norm: nn.Module) -> nn.Identity:
-    return nn.Identity() if _NORM_DIMS[type(norm)] is not None else _BatchOf(_OUTPUT_DIMS[type(layer)])
+    return nn.Identity() if _NORM_DIMS[_kind(norm)] is not None else _BatchOf(_OUTPUT_DIMS[_kind(layer)])

@@ -40,7 +40,8 @@ def memory_efficient(model: Model) -> Model:
     """Make `model` keep fewer activations for its backward pass, in place; returns `model`.
 
     Outputs, running statistics and gradients stay as they are. Only training is affected: where gradients are off,
-    nothing is recorded. Class, parameters, hooks and state dict do not change. To undo it: `del model.forward`.
+    nothing is recorded. Class, parameters, hooks and state dict do not change; deep copies, pickles and the replicas of
+    `torch.nn.DataParallel` keep as little. To undo it: `del model.forward`.
 
     Activations, batch norms, sums, products, casts, views and concatenations are computed again in the backward pass,
     and so are 1 x 1 convolutions that at least double the number of channels. Regions under `torch.utils.checkpoint`
@@ -52,26 +53,41 @@ def memory_efficient(model: Model) -> Model:
     >>> memory_efficient(model)(torch.zeros(1, 3, 9, 9)).shape
     torch.Size([1, 8, 5, 5])
     """
-    kind: Any = type(model)
-    forward = _efficient_forward(kind)
-    if "forward" in vars(model) and getattr(model.forward, "__func__", None) is not forward:
+    if not isinstance(vars(model).get("forward", _Forward(model)), _Forward):
         raise ValueError(
             f"this {type(model).__name__} has a forward of its own (set on the instance, not the class), which would "
             "be lost; put it into a module whose class defines forward"
         )
-    model.forward = types.MethodType(forward, model)
+    attributes: Any = model
+    attributes.forward = forward = _Forward(model)
+    attributes._replicate_for_data_parallel = forward.replicate
     return model
 
 
-@functools.cache
-def _efficient_forward(kind: Any) -> Callable[..., Any]:
-    # A function of the class, bound to the instance, so that a deep copy of the model binds it to the copy.
-    @functools.wraps(kind.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with recompute_cheap():
-            return kind.forward(self, *args, **kwargs)
+class _Forward:
+    """The forward of one instance: an object, so that deep copies and pickles of the model have one of their own.
 
-    return forward
+    What a replica of `torch.nn.DataParallel` gets of the instance is a shallow copy, whose forward would still be that
+    of the original, on its parameters and its device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:  # whose signature it has
+        return types.MethodType(type(self._model).forward, self._model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with recompute_cheap():
+            return type(self._model).forward(self._model, *args, **kwargs)
+
+    def replicate(self) -> Any:
+        model: Any = self._model
+        replica = type(model)._replicate_for_data_parallel(model)
+        if "forward" in vars(model):
+            replica.forward = _Forward(replica)
+        return replica
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mtl.callbacks import Callback
-from mtl.evaluation import compute, evaluate
+from mtl.evaluation import compute, evaluate, update
 from mtl.history import Epoch
 from mtl.metrics import delta_m
 from mtl.options import FitOptions
@@ -47,7 +47,7 @@ class Tally:
             self._batches[name] += 1
             output, target = outcome.pairs[name]
             if len(target):
-                self._metrics[name].update(output, target)
+                update(self._metrics[name], output, target)
         self.skipped.update(dict.fromkeys(outcome.skipped, 1))
         self.cosines = self.cosines or outcome.cosines
 

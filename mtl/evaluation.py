@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtl.batch import device_of, forward, mode
 from mtl.sampling import batches_of
@@ -43,7 +43,7 @@ def evaluate(model: nn.Module, tasks: Task | Sequence[Task], data: Iterable[Any]
             outputs = forward(model, batch, tasks)
             for task in tasks:
                 if task.name in batch.labels:
-                    metrics[task.name].update(*task.pair(outputs[task.name], batch.labels[task.name]))
+                    update(metrics[task.name], *task.pair(outputs[task.name], batch.labels[task.name]))
             empty = False
     if empty:
         raise ValueError("the data to evaluate on are empty: give at least one batch (a used-up generator gives none)")
@@ -51,6 +51,11 @@ def evaluate(model: nn.Module, tasks: Task | Sequence[Task], data: Iterable[Any]
         if not metric.update_called:
             raise ValueError(f"task {name!r}: the data to evaluate on have no label for it")
     return compute(metrics)
+
+
+def update(metric: Metric, output: Tensor, target: Tensor) -> None:
+    """Let a metric take in a batch; contiguous, since torchmetrics flattens by views, which channels-last has not."""
+    metric.update(output.contiguous(), target.contiguous())
 
 
 def compute(metrics: Mapping[str, Metric]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import layers
 from layers import ConvBNAct, fold_batch_norm
+from tests.layers.catalogue import EXAMPLES, Example
 from tests.layers.models.test_models import inputs as model_inputs
 
 NORMS = (nn.modules.batchnorm._BatchNorm, torchvision.ops.FrozenBatchNorm2d)
@@ -88,6 +89,44 @@ def test_models_of_torchvision(build: Callable[..., nn.Module], left: int) -> No
 def test_every_kind_of_layer(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> None:
     folded = check(nn.Sequential(layer, norm, nn.ReLU(inplace=True)), image(*shape), left=0)
     assert isinstance(folded[1], nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (layers.Conv1d(3, 6, 2), layers.BatchNorm1d(6), (5, 3, 7)),
+        (layers.Conv2d(3, 6, 2, groups=3), layers.BatchNorm2d(6), (5, 3, 7, 4)),
+        (layers.Conv3d(3, 6, 2), layers.BatchNorm3d(6), (5, 3, 4, 3, 2)),
+        (layers.ConvTranspose1d(4, 6, 3, groups=2), layers.BatchNorm1d(6), (5, 4, 7)),
+        (layers.ConvTranspose2d(4, 6, 3, groups=2), layers.BatchNorm2d(6), (5, 4, 3, 2)),
+        (layers.ConvTranspose3d(4, 6, 2), layers.BatchNorm3d(6), (2, 4, 3, 2, 2)),
+        (layers.SeparableConv2d(3, 6, 3), layers.BatchNorm2d(6), (5, 3, 7, 4)),
+        (layers.LowRankLinear(3, 6, 2), layers.BatchNorm1d(6), (5, 3)),
+    ],
+)
+def test_layers_that_check_their_input(layer: nn.Module, norm: nn.Module, shape: tuple[int, ...]) -> None:
+    check(nn.Sequential(layer, norm), image(*shape), left=0)
+
+
+class Beside(nn.Module):
+    """A block of the catalogue in a model that has a norm to fold as well."""
+
+    def __init__(self, example: Example) -> None:
+        super().__init__()
+        self.block, self.extra = example.make(), example.extra
+        self.conv, self.norm = layers.Conv1d(3, 4, 3), layers.BatchNorm1d(4)
+
+    def forward(self, x: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block(x, *self.extra), self.norm(self.conv(signal))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_block_of_the_catalogue(name: str) -> None:
+    model = randomise(Beside(EXAMPLES[name]))
+    x, signal = EXAMPLES[name].input(), image(2, 3, 7)
+    folded = fold_batch_norm(model)
+    torch.testing.assert_close(folded(x, signal), model(x, signal), rtol=1e-10, atol=1e-10)
+    assert num_norms(folded) == isinstance(model.block, NORMS)  # a norm alone has no layer to go into
 
 
 def test_conv_bn_act_alone_and_inside() -> None:
@@ -190,8 +229,37 @@ class NormThatActivates(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
-def test_subclass_of_batch_norm_stays() -> None:
-    check(nn.Sequential(nn.Conv2d(3, 4, 3), NormThatActivates(4)), image(2, 3, 5, 5), left=1)
+class ConvOfAbsolute(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight.abs(), bias)
+
+
+class ConvWithDefaults(layers.Conv2d):
+    """Made and described in another way, but computes the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.in_channels}"
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "left"),
+    [
+        (nn.Conv2d(3, 3, 3), NormThatActivates(3), 1),
+        (ConvOfAbsolute(3, 3, 3), nn.BatchNorm2d(3), 1),
+        (ConvWithDefaults(3), nn.BatchNorm2d(3), 0),
+    ],
+)
+def test_subclasses_fold_only_if_they_compute_the_same(layer: nn.Module, norm: nn.Module, left: int) -> None:
+    check(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), layer, norm), image(2, 3, 7, 7), left=left)
+
+
+def test_forward_of_an_instance_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    model[1].forward = torch.relu
+    check(model, image(2, 3, 7, 7), left=1)
 
 
 def test_hooks_and_parametrisations_stay() -> None:

@@ -1,6 +1,8 @@
 """memory_efficient: the same numbers as without, from fewer kept bytes."""
 
 import copy
+import inspect
+import io
 from collections.abc import Callable
 
 import pytest
@@ -240,6 +242,50 @@ def test_copies_keys_and_undoing() -> None:
     model.forward = lambda x: x
     with pytest.raises(ValueError, match="forward of its own"):
         memory_efficient(model)
+
+
+def test_pickles_and_states() -> None:
+    """As torch.multiprocessing sends a model to a process, and as a checkpoint holds its state."""
+    model, x = memory_efficient(chain(2)), torch.randn(2, 8, 6, 6)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    sent = torch.load(file, weights_only=False)
+    assert torch.equal(sent(x), model(x))
+    assert saved_bytes(sent, x) == saved_bytes(model, x) < saved_bytes(chain(2), x)
+    assert memory_efficient(sent) is sent
+    with torch.no_grad():
+        sent[0].weight.zero_()
+    assert not torch.equal(sent(x), model(x))
+    torch.save(model.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    plain = chain(2)
+    plain.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor, *, shift: float = 0.0) -> Tensor:
+        return (x * self.factor + shift).exp().sigmoid()
+
+
+def test_replicas_of_data_parallel() -> None:
+    model, x = memory_efficient(copy.deepcopy(memory_efficient(Scale()))), torch.randn(100)
+    replica = model._replicate_for_data_parallel()
+    replica.factor = torch.tensor(5.0, requires_grad=True)  # the copy on the replica's device
+    assert torch.equal(replica(x, shift=1.0), (x * 5 + 1).exp().sigmoid())
+    assert saved_bytes(replica, x) == saved_bytes(model, x) + 4  # its factor is no parameter
+    before = saved_bytes(replica, x)
+    del model.forward
+    plain = model._replicate_for_data_parallel()
+    plain.factor = replica.factor
+    assert torch.equal(plain(x), replica(x))
+    assert saved_bytes(plain, x) > before
+    assert inspect.signature(memory_efficient(model).forward) == inspect.signature(Scale().forward)
 
 
 def test_without_gradients_nothing_is_recorded() -> None:

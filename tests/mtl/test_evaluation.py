@@ -3,7 +3,7 @@ import torch
 import torchmetrics
 from torch import nn
 
-from mtl import HardShared, Task, evaluate
+from mtl import FitOptions, HardShared, Task, evaluate, fit
 
 
 def test_metrics_are_those_of_the_whole_set_whatever_the_batches() -> None:
@@ -34,3 +34,15 @@ def test_no_data_and_metrics_of_many_numbers_are_refused() -> None:
     many = Task("a", nn.CrossEntropyLoss(), torchmetrics.classification.MulticlassAccuracy(3, average=None))
     with pytest.raises(ValueError, match="task 'a': the metric MulticlassAccuracy must give one number"):
         evaluate(nn.Identity(), many, [(torch.eye(3), torch.arange(3))])
+
+
+def test_maps_in_channels_last_are_measured_as_any_other() -> None:
+    model = nn.Conv2d(3, 2, 1).to(memory_format=torch.channels_last)
+    x, target = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.randn(2, 2, 4, 5)
+    target = target.to(memory_format=torch.channels_last)
+    task, error = Task.regression("depth"), nn.functional.mse_loss(model(x), target).item()
+    assert not model(x).is_contiguous()
+    assert evaluate(model, task, [(x, target)]) == {"depth": pytest.approx(error, rel=1e-6)}
+    options = FitOptions(precision="fp32", channels_last="on", progress=False)
+    history = fit(model, task, [(x, target)], 1, options=options)
+    assert history[0].train == {"depth": pytest.approx(error, rel=1e-6)}
