@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks import bench_factorize
 
-TINY = ["--data", "digits", "--mean", "0.3", "--std", "0.4", "--images", "256", "--batch-size", "128"]
+TINY = ["--data", "digits", "--mean", "0.3", "--std", "0.4", "--images", "640", "--batch-size", "128"]
 
 
 def test_says_what_it_needs_and_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
