@@ -18,7 +18,13 @@ def test_says_what_it_needs_and_is_no_failure(tmp_path: Path, capsys: pytest.Cap
 
 def test_every_way_of_factorising_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
+        nn.Conv2d(1, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
     )
     monkeypatch.setattr(bench_factorize, "trained_model", lambda *_: net.eval())
     output = tmp_path / "result.json"
