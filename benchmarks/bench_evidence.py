@@ -21,7 +21,7 @@ from benchmarks.common import parser, stopwatch, wide_console, write_results
 from compress.activations import ActivationCollector, collect_activations
 from compress.channels import ChannelGraph
 from compress.gradients import collect_gradients
-from compress.gram import GramCollector
+from compress.gram import GramCollector, removable_sites
 from compress.watch import gather
 from scripts.sources import build_model
 
@@ -70,7 +70,7 @@ def _forward(model: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _all(model: nn.Module, graph: ChannelGraph, data: Sequence[tuple[Tensor, Tensor]]) -> None:
-    collectors = [lambda: ActivationCollector(graph), lambda: GramCollector(graph, len(data))]
+    collectors = [lambda: ActivationCollector(graph), lambda: GramCollector(removable_sites(graph), len(data))]
     gather(model, graph.trace, data, collectors)
 
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).stem}: {error}", file=sys.stderr)
         return 2
-    _print(rows)
+    print_rows("pruned without training", rows)
     settings = {"images": config.images, "batch_size": config.batch_size, "seed": config.seed}
     write_results(config.output, arguments, {"settings": settings, "rows": rows}, ("torch-pruning",))
     return 0
@@ -61,8 +61,8 @@ def _rows(text: str, data: ImageData, config: Any) -> Iterator[dict[str, Any]]:
     """One row a way of pruning and fraction: ``layers:resnet20_cifar=FILE@0.6,0.5``."""
     source, file, fractions = parse_checkpoint(text)
     model = trained_model(source, file, data.num_classes)
-    batches = _calibration(data, config)
-    dense = _accuracy(model, data)
+    batches = calibration_images(data, config)
+    dense = accuracy_on_test(model, data)
     yield {"model": source, "method": "dense", "macs_kept": 1.0, "accuracy": dense, "seconds": 0.0, "cpu_seconds": 0.0}
     for fraction in fractions:
         for name, method in _methods(model, fraction, batches, config).items():
@@ -77,7 +77,7 @@ def _rows(text: str, data: ImageData, config: Any) -> Iterator[dict[str, Any]]:
             seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
             kept = compress.measure(pruned, batches[0][:1]).macs / compress.measure(model, batches[0][:1]).macs
             row = {"model": source, "method": name, "budget": fraction, "macs_kept": kept}
-            row |= {"accuracy": _accuracy(pruned, data), "seconds": seconds, "cpu_seconds": cpu_seconds}
+            row |= {"accuracy": accuracy_on_test(pruned, data), "seconds": seconds, "cpu_seconds": cpu_seconds}
             print(row, file=sys.stderr)
             yield row
 
@@ -114,7 +114,7 @@ def _torch_pruning(model: nn.Module, importance: str, fraction: float, batches: 
     return best.eval()
 
 
-def _calibration(data: ImageData, config: Any) -> list[Tensor]:
+def calibration_images(data: ImageData, config: Any) -> list[Tensor]:
     """Training images without labels, as they are."""
     loader = data.loader("train", batch_size=config.batch_size, shuffle=True, augment=False, seed=config.seed)
     batches: list[Tensor] = []
@@ -126,7 +126,8 @@ def _calibration(data: ImageData, config: Any) -> list[Tensor]:
     return batches
 
 
-def _accuracy(model: nn.Module, data: ImageData) -> float:
+def accuracy_on_test(model: nn.Module, data: ImageData) -> float:
+    """The part of all test images that is classified as labelled."""
     right = total = 0
     with torch.no_grad():
         for images, labels in data.loader("test", batch_size=TEST_BATCH_SIZE):
@@ -135,8 +136,9 @@ def _accuracy(model: nn.Module, data: ImageData) -> float:
     return right / total
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title="pruned without training", title_justify="left")
+def print_rows(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    """One line a way of compressing."""
+    table = Table(title=title, title_justify="left")
     for column in ("model", "budget", "how", "accuracy", "MACs", "seconds", "CPU seconds"):
         table.add_column(column, justify="left" if column in ("model", "how") else "right")
     for row in rows:

@@ -24,6 +24,7 @@ from compress.errors import (
     PruneError,
     TraceError,
 )
+from compress.factorize import Factor, FactorPlan, FactorResult, factorize, unfactorize
 from compress.loop import StopRule, iterate
 from compress.plan import PlanGroup, PlanMember, PrunePlan
 from compress.pruning import PruneResult, prune
@@ -44,6 +45,9 @@ __all__ = [
     "Cost",
     "Criterion",
     "Evidence",
+    "Factor",
+    "FactorPlan",
+    "FactorResult",
     "FrozenAxis",
     "GroupLasso",
     "Member",
@@ -57,6 +61,7 @@ __all__ = [
     "StopRule",
     "TraceError",
     "apply",
+    "factorize",
     "iterate",
     "latency",
     "load",
@@ -68,4 +73,5 @@ __all__ = [
     "save",
     "sensitivity",
     "trace",
+    "unfactorize",
 ]

@@ -14,25 +14,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError, PruneError
+from compress.factorize.plan import FactorPlan, is_factor_plan
+from compress.factorize.surgery import insert
 from compress.plan import PrunePlan
-from compress.surgery import apply
+from compress.sandbox import unwrapped
+from compress.surgery import apply, copied
 
 FORMAT = "prunus"
 VERSION = 1
 
 
-def save(result: Any, path: str | os.PathLike[str], *, plan: PrunePlan | None = None) -> None:
+def save(result: Any, path: str | os.PathLike[str], *, plan: PrunePlan | FactorPlan | None = None) -> None:
     """Write a pruned model to ``path``; an existing file is replaced only when the new one is complete.
 
     Args:
-        result: what :func:`compress.prune` or :func:`compress.iterate` gave, or a module with its ``plan``.
+        result: what :func:`compress.prune`, :func:`compress.factorize` or :func:`compress.iterate` gave, or a module
+            with its ``plan``.
 
     Raises:
         ArtifactError: no plan, or the folder does not exist.
     """
     model = result if isinstance(result, nn.Module) else result.model
     plan = plan if plan is not None else getattr(result, "plan", None)
-    if not isinstance(plan, PrunePlan):
+    if not isinstance(plan, PrunePlan | FactorPlan):
         raise ArtifactError(
             "save needs the plan that made the model: save(result, path) or save(model, path, plan=plan)"
         )
@@ -57,7 +61,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     plan, aliases, tensors = _read(Path(path))
     try:
-        pruned = apply(model, plan)
+        if isinstance(plan, FactorPlan):  # (nothing is decomposed: the weights are in the file)
+            pruned = copied(unwrapped(model))
+            insert(pruned, plan, empty=True)
+        else:
+            pruned = apply(model, plan)
     except PruneError as error:
         raise ArtifactError(f"{str(path)!r} does not fit this model: {error}") from error
     tensors.update({name: tensors[source] for name, source in aliases.items() if source in tensors})
@@ -88,7 +96,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, aliases
 
 
-def _read(path: Path) -> tuple[PrunePlan, dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[PrunePlan | FactorPlan, dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise ArtifactError(f"no file at {str(path)!r}: check the path")
     try:
@@ -104,7 +112,8 @@ def _read(path: Path) -> tuple[PrunePlan, dict[str, str], dict[str, Tensor]]:
     if header.get("version") != str(VERSION):
         raise ArtifactError(f"{str(path)!r} has format version {header.get('version')}, not {VERSION}: upgrade prunus")
     try:
-        return PrunePlan.from_json(header["plan"]), dict(json.loads(header.get("aliases", "{}"))), tensors
+        kind = FactorPlan if is_factor_plan(header["plan"]) else PrunePlan
+        return kind.from_json(header["plan"]), dict(json.loads(header.get("aliases", "{}"))), tensors
     except PruneError as error:
         raise ArtifactError(f"{str(path)!r}: {error}") from error
     except (ValueError, TypeError) as error:

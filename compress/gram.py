@@ -5,7 +5,7 @@ needs to know about those rows is the sum of ``(x, 1).T @ (x, 1)``: how well oth
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,17 @@ from compress.sites import Key, Site, find_sites
 from compress.trace import ExampleInputs
 from compress.watch import Look, Looks, gather, traced
 
-__all__ = ["MAX_INPUTS", "GramSums", "Grams", "add_product", "check_finite", "collect_grams", "traced", "with_ones"]
+__all__ = [
+    "MAX_INPUTS",
+    "GramSums",
+    "Grams",
+    "add_product",
+    "check_finite",
+    "collect_grams",
+    "removable_sites",
+    "traced",
+    "with_ones",
+]
 
 BLOCK = 1024  # rows that are multiplied in the data's own precision; the blocks' products are summed in float64
 ROWS = 4096  # as many of a convolution are laid out at a time
@@ -89,21 +99,22 @@ def collect_grams(
         CalibrationError: batches of the wrong form or shape, or activations that are not finite.
     """
     number = num_batches_of(calibration)
-    make = lambda: GramCollector(graph, number, row_share=row_share, seed=seed)  # noqa: E731
+    make = lambda: GramCollector(removable_sites(graph), number, row_share=row_share, seed=seed)  # noqa: E731
     (grams,) = gather(model, graph.trace, calibration, [make])
     assert isinstance(grams, Grams)
     return grams
 
 
-class GramCollector:
-    """Gathers the Gram matrices of all sites that read what can be removed; see :func:`collect_grams`."""
+def removable_sites(graph: ChannelGraph) -> list[Site]:
+    """The sites that read what can be removed."""
+    return [site for site in find_sites(graph.trace) if (graph.units(site.columns(graph.labels))[0] >= 0).any()]
 
-    def __init__(self, graph: ChannelGraph, num_batches: int, *, row_share: float = 1.0, seed: int = 0) -> None:
-        self._wanted = {  # (tensors of another trace than the graph's have no labels)
-            site.key: site
-            for site in find_sites(graph.trace)
-            if site.num_inputs <= MAX_INPUTS and (graph.units(site.columns(graph.labels))[0] >= 0).any()
-        }
+
+class GramCollector:
+    """Gathers the Gram matrices of ``sites``, by what names them; see :func:`collect_grams`."""
+
+    def __init__(self, sites: Iterable[Site], num_batches: int, *, row_share: float = 1.0, seed: int = 0) -> None:
+        self._wanted = {site.key: site for site in sites if site.num_inputs <= MAX_INPUTS}
         self._num_batches, self._row_share = num_batches, row_share
         self._generator = torch.Generator().manual_seed(seed)
         self._products: dict[Key, _Products] = {}

@@ -15,7 +15,7 @@ from compress.criteria import Criterion, needs
 from compress.errors import PruneError
 from compress.evidence import Evidence, Values
 from compress.gradients import collect_gradients
-from compress.gram import GramCollector, Grams
+from compress.gram import GramCollector, Grams, removable_sites
 from compress.removal import Removal, by_score
 from compress.trial import Trial, first_samples
 from compress.watch import Collector, gather
@@ -49,7 +49,7 @@ def collect_evidence(
         return evidence
     makers: dict[str, Callable[[], Collector]] = {
         "activations": lambda: ActivationCollector(graph),
-        "grams": lambda: GramCollector(graph, num_batches_of(calibration), seed=seed),
+        "grams": lambda: GramCollector(removable_sites(graph), num_batches_of(calibration), seed=seed),
     }
     if kinds := [kind for kind in makers if kind in wanted]:
         found = gather(model, graph.trace, calibration, [makers[kind] for kind in kinds])

@@ -12,19 +12,24 @@ from torch.optim import Optimizer
 
 from compress.containers import Path, changed, part
 from compress.errors import PruneError
+from compress.factorize.plan import FactorPlan
+from compress.factorize.surgery import insert
 from compress.labels import Array
 from compress.optimizer import Cut, follow
 from compress.plan import PrunePlan, StoredValue
 from compress.sandbox import unwrapped
 
 
-def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False, optimizer: Optimizer | None = None) -> nn.Module:
-    """Remove what ``plan`` names from ``model``; a copy is pruned unless ``inplace``.
+def apply(
+    model: nn.Module, plan: PrunePlan | FactorPlan, *, inplace: bool = False, optimizer: Optimizer | None = None
+) -> nn.Module:
+    """Remove what ``plan`` names, or factorise the layers that it names, in a copy of ``model`` unless ``inplace``.
 
     Args:
         model: the model that the plan was made for, or another instance of its class; wrappers of ``torch.compile`` and
             of data-parallel training are taken off.
-        plan: from :func:`compress.prune`, or read from JSON.
+        plan: from :func:`compress.prune` or :func:`compress.factorize`, or read from JSON. Layers are factorised by
+            their own weights alone, as a plan holds no weights.
         inplace: prune ``model`` itself. Its parameters become new objects.
         optimizer: that of ``model``: it is changed to train the pruned model, with its momenta and averages cut alike.
 
@@ -33,6 +38,12 @@ def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False, optimizer
             optimizer are as before.
     """
     model = unwrapped(model)
+    if isinstance(plan, FactorPlan):
+        if optimizer is not None:
+            raise PruneError("an optimizer cannot follow a factorisation: make a new one for the new parameters")
+        model = model if inplace else copied(model)
+        insert(model, plan)
+        return model
     tensors = _checked_tensors(model, plan)
     removed = _cuts(plan)
     sliced = {name: _without(tensors[name], cuts) for name, cuts in removed.items()}
@@ -46,7 +57,7 @@ def apply(model: nn.Module, plan: PrunePlan, *, inplace: bool = False, optimizer
         _replace(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
     else:
         # the copy meets the sliced tensors where the originals were, so those are never copied at full size
-        model = _copied(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
+        model = copied(model, {id(tensors[name]): tensor for name, tensor in sliced.items()})
     for value in plan.integers:
         _set_integer(model, value)
     _describe_modules(model)
@@ -66,9 +77,9 @@ def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
     computes; else (``plan.exact`` is False) statistics taken over the channels still see the removed ones.
     """
     _checked_tensors(unwrapped(model), plan)
-    copied = _copied(unwrapped(model), {})
-    _silence(_checked_tensors(copied, plan), plan)
-    return copied
+    twin = copied(unwrapped(model))
+    _silence(_checked_tensors(twin, plan), plan)
+    return twin
 
 
 @contextmanager
@@ -93,12 +104,13 @@ def _silence(tensors: Mapping[str, Tensor], plan: PrunePlan) -> list[tuple[Tenso
     return undo
 
 
-def _copied(model: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
-    """A deep copy with the tensors of ``memo`` where those with their keys as id were.
+def copied(model: nn.Module, replaced: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy with the tensors of ``replaced`` where those with their keys as id were.
 
     Tensors that modules computed and kept (a cache, the weight of old-style weight norm) may be part of a graph, which
     deepcopy refuses: the copy gets their values.
     """
+    memo = dict(replaced or {})
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.channels import ChannelGraph, FrozenAxis
+from compress.cost import Cost
 from compress.overview import GroupFacts, Overview, overview, owner_of
 from compress.select import FLOOR
 
@@ -114,24 +115,31 @@ def some(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
 
 def result_table(result: PruneResult) -> str:
     """Cost before and after, and the output channels of every layer."""
-    costs = Table(title="pruned exactly" if result.plan.exact else "pruned (not exactly: see plan.groups[i].inexact)")
-    for column in ("", "before", "after", "kept"):
-        costs.add_column(column, justify="right" if column else "left")
-    for name in ("params", "macs", "bytes"):
-        before, after = getattr(result.before, name), getattr(result.after, name)
-        costs.add_row(name, f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%}")
+    title = "pruned exactly" if result.plan.exact else "pruned (not exactly: see plan.groups[i].inexact)"
+    costs = cost_table(title, result.before, result.after)
     layers = Table(title="output channels")
     layers.add_column("layer")
     layers.add_column("kept", justify="right")
     layers.add_column("of", justify="right")
     for name, (kept, total) in result.kept.items():
         layers.add_row(name, str(kept), str(total))
-    tables = [costs, layers, *([_recovery_table(result.recovery)] if result.recovery else [])]
+    tables = [costs, layers, *([recovery_table(result.recovery)] if result.recovery else [])]
     notes = "".join(f"\nnote: {note}" for note in result.notes)
     return render(*tables) + notes
 
 
-def _recovery_table(recovery: Recovery) -> Table:
+def cost_table(title: str, before: Cost, after: Cost) -> Table:
+    """Both, and the part that is kept."""
+    costs = Table(title=title)
+    for column in ("", "before", "after", "kept"):
+        costs.add_column(column, justify="right" if column else "left")
+    for name in ("params", "macs", "bytes"):
+        old, new = getattr(before, name), getattr(after, name)
+        costs.add_row(name, f"{old:,}", f"{new:,}", f"{new / max(old, 1):.1%}")
+    return costs
+
+
+def recovery_table(recovery: Recovery) -> Table:
     """Errors as parts of the variance of what the dense model gives, on held-out data."""
     table = _table("recovered without training", "layer", ">error before", ">after", "kept")
     for layer in recovery.layers:

@@ -6,7 +6,7 @@ new statistics. Each is kept only where it helps on held-out calibration data.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -62,12 +62,14 @@ def recover(
     methods: Sequence[str] = METHODS,
     *,
     seed: int = 0,
+    origins: Mapping[str, str] | None = None,
 ) -> Recovery:
     """Improve ``model``, which ``plan`` made of ``dense``, in place.
 
     Args:
         calibration: batches of inputs; all of them are held in memory, with the activations of the layer at work.
         methods: some of :data:`METHODS`.
+        origins: weights of ``model`` that give what another weight of ``dense`` gave, by name, where names differ.
 
     Raises:
         CalibrationError: the data do not fit, or give activations that are not finite.
@@ -86,7 +88,7 @@ def recover(
 
     if {"bias", "least_squares", "last_layer"} & set(methods):
         kept = {name: value.clone() for name, value in model.state_dict().items()}
-        layers = refit(model, dense, plan, fitted, choose, seed=seed)
+        layers = refit(model, dense, plan, fitted, choose, seed=seed, origins=origins or {})
         if trial.error(model) > before:
             model.load_state_dict(kept)
             layers = []

@@ -9,7 +9,7 @@ zero (Zhang et al. 2016, "Accelerating very deep convolutional networks", sectio
 alone is refitted once more together with that (see :mod:`compress.recover.joint`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ def refit(
     choose: Callable[[Site, Sequence[int]], Sequence[str]],
     *,
     seed: int = 0,
+    origins: Mapping[str, str] | None = None,
 ) -> list[LayerError]:
     """Refit the layers of ``model``, which ``plan`` made of ``dense``, in place.
 
@@ -41,6 +42,7 @@ def refit(
     Args:
         inputs: batches of the models' inputs.
         choose: which of the methods "bias" and "least_squares" may be used for a site, given the outputs' references.
+        origins: the weight of ``dense`` whose outputs a weight of ``model`` gives, where its name differs.
 
     Raises:
         CalibrationError: activations are not finite, or the operators depend on the data.
@@ -54,7 +56,7 @@ def refit(
     report = []
     with torch.no_grad(), untouched(dense), visible_operators():
         pairs = [
-            Pair((model, a), (dense, b), batch, number)
+            Pair((model, a), (dense, b), batch, number, origins)
             for number, ((batch, a), (_, b)) in enumerate(zip(small, large, strict=True))
         ]
         order = [key for key in pairs[0].order if all(key in pair.order for pair in pairs)]
@@ -63,15 +65,16 @@ def refit(
         chains = _chains(pairs, order)
         waiting = {first for (first,) in chains.values()}
         try:
-            for side in (side for pair in pairs for side in pair.sides):
-                side.start(lands)
+            for pair in pairs:
+                pair.start(lands)
             for key in order:
-                for side in (side for pair in pairs for side in pair.sides):
+                for side in (side for pair in pairs for side in pair.sides_at(key)):
                     side.advance(key)
                 site = pairs[0].small.sites[key]
-                kept = pairs[0].large.sites[key].kept_outputs(removed.get(key[0], ()), shapes[key[0]])
-                methods = choose(site, outputs)
+                methods = [] if key in pairs[0].inner else choose(site, outputs)
                 if methods and _suitable(pairs, key, tensors[key[0]]):
+                    name = pairs[0].large.sites[key].parameter
+                    kept = pairs[0].large.sites[key].kept_outputs(removed.get(name, ()), shapes[name])
                     layer = Layer(pairs, key, lands[key], torch.from_numpy(kept), tensors, generator)
                     with quick_operators():
                         error = layer.refit(methods)
@@ -79,7 +82,8 @@ def refit(
                             error = refit_chain(layer, error, methods)
                         report.append(error)
                 for pair in pairs:
-                    pair.large.release(key)
+                    if key not in pair.inner:
+                        pair.large.release(key)
                     for done in (key, *chains.get(key, ())) if key not in waiting else ():
                         pair.small.release(done)
         finally:
@@ -93,7 +97,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _suitable(pairs: Sequence[Pair], key: Key, weight: Tensor) -> bool:
-    sides = [side for pair in pairs for side in pair.sides]
+    sides = [side for pair in pairs for side in pair.sides_at(key)]
     small = pairs[0].small.sites[key].num_inputs <= MAX_INPUTS
     return small and weight.is_floating_point() and all(side.unchanged(key) for side in sides)
 

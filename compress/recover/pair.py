@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compress.gram import check_finite
 from compress.landing import find_landings
 from compress.recorder import Op, Trace
-from compress.recover.chain import find_chains
+from compress.recover.chain import Chain, find_chains
 from compress.recover.lockstep import Run
 from compress.sites import Key, by_key, find_sites
 from compress.trace import ExampleInputs
@@ -53,6 +53,15 @@ class Side:
         self._held: dict[int, _Held] = {}
         self._end: tuple[Any, ...] = ()
         self._at: Key | None = None
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Know sites by the other model's names of their weights; what they compute is the same."""
+        changed = {key: (names.get(key[0], key[0]), key[1]) for key in self.sites}
+        self.sites = {changed[key]: site for key, site in self.sites.items()}
+        self.landings = {changed[key]: landing for key, landing in self.landings.items()}
+        self.chains = {
+            changed[key]: Chain(changed[chain.first], changed[key], chain.path) for key, chain in self.chains.items()
+        }
 
     def start(self, lands: Mapping[Key, bool]) -> None:
         """Begin the run; ``lands`` says where each site stops."""
@@ -173,13 +182,21 @@ class Pair:
 
     ``order`` names the sites in the order in which they stop; ``lands`` says which of them do so where they land. Of
     several layers that land on one sum, the last corrects it. A weight that is used more than once is left alone.
+    ``origins`` names the dense model's weight where a weight of the other one has another name. ``inner`` are sites
+    without such a counterpart that feed one that has: the first of two factors.
     """
 
     def __init__(
-        self, small: tuple[nn.Module, Trace], large: tuple[nn.Module, Trace], inputs: ExampleInputs, batch: int
+        self,
+        small: tuple[nn.Module, Trace],
+        large: tuple[nn.Module, Trace],
+        inputs: ExampleInputs,
+        batch: int,
+        origins: Mapping[str, str] | None = None,
     ) -> None:
         self.small = Side(small[0], inputs, small[1], batch)
         self.large = Side(large[0], inputs, large[1], batch)
+        self.large.rename({theirs: mine for mine, theirs in (origins or {}).items()})
         last = {landing.end.index: key for key, landing in self.small.landings.items() if landing.end is not None}
         often = {name for name, use in self.small.sites if use > 0}
         stops: dict[Key, int] = {}
@@ -191,7 +208,21 @@ class Pair:
             alike = mine.end is not None and theirs.end is not None and mine.adds == theirs.adds
             self.lands[key] = alike and mine.end is not None and last[mine.end.index] == key
             stops[key] = mine.end.index if self.lands[key] and mine.end is not None else site.op.index
+        known = set(self.large.sites)
+        feeding = {chain.first for second, chain in self.small.chains.items() if second in stops}
+        self.inner = {key for key in feeding - known if key[0] not in often}
+        for key in self.inner:
+            self.lands[key], stops[key] = False, self.small.sites[key].op.index
         self.order = sorted(stops, key=lambda key: stops[key])
+
+    def start(self, lands: Mapping[Key, bool]) -> None:
+        """Begin both runs."""
+        self.small.start(lands)
+        self.large.start({key: there for key, there in lands.items() if key not in self.inner})
+
+    def sides_at(self, key: Key) -> tuple[Side, ...]:
+        """The models that have this site."""
+        return (self.small,) if key in self.inner else self.sides
 
     @property
     def sides(self) -> tuple[Side, Side]:

@@ -9,7 +9,7 @@ from torch import nn
 
 import compress
 from compress.activations import ActivationCollector, collect_activations
-from compress.gram import GramCollector, collect_grams
+from compress.gram import GramCollector, collect_grams, removable_sites
 from compress.sandbox import backends_outside, visible_operators
 from compress.score import check_needs
 from compress.trace import record
@@ -39,7 +39,7 @@ def test_one_pass_gathers_everything() -> None:
     model, batches = Counted(), [image(4, 3, 7, 7, seed=seed) for seed in range(3)]
     graph = compress.trace(model, batches[0])
     RUNS.clear()
-    makers = [partial(ActivationCollector, graph), partial(GramCollector, graph, 3)]
+    makers = [partial(ActivationCollector, graph), partial(GramCollector, removable_sites(graph), 3)]
     activations, grams = gather(model, graph.trace, batches, makers)
     assert [batch.shape for batch in batches] == RUNS, "and no trace: the operators are the same"
     alone = collect_activations(model, graph, batches)

@@ -1,0 +1,189 @@
+"""Factorise a model to a budget: trace, gather Gram matrices, choose ranks, replace layers, recover."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from compress.budget import Budget
+from compress.calibration import Calibration, check_calibration, num_batches_of
+from compress.cost import Cost, cost_of
+from compress.errors import BudgetError, PruneError
+from compress.factorize.options import METHODS, Layer, Option, factorable, layers_of
+from compress.factorize.plan import Factor, FactorPlan
+from compress.factorize.selection import Choice, by_energy, cost, within_budget
+from compress.factorize.surgery import SPLITS, factors_of, insert
+from compress.gram import GramCollector, Grams, GramSums
+from compress.plan import PrunePlan
+from compress.recover import Recovery, methods_of
+from compress.recover import recover as recovered
+from compress.sandbox import no_collections, on_meta, unwrapped
+from compress.sites import Key, Site, find_sites
+from compress.surgery import copied
+from compress.trace import ExampleInputs, record
+from compress.watch import gather
+
+
+@dataclass(frozen=True)
+class FactorResult:
+    """A factorised model and how it came about.
+
+    ``left`` says by parameter why a layer cannot be factorised (those that can, and are not, are dense because the
+    budget did not need them), ``notes`` what a user should know, ``recovery`` what was won back without training.
+    """
+
+    model: nn.Module
+    plan: FactorPlan
+    before: Cost
+    after: Cost
+    left: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    recovery: Recovery | None = None
+
+    def summary(self) -> str:
+        """Before and after as a table, with the ranks of each layer."""
+        from compress.factorize.table import result_table
+
+        return result_table(self)
+
+
+@no_collections()
+def factorize(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    budget: Budget | None = None,
+    energy: float | None = None,
+    methods: Sequence[str] = METHODS,
+    calibration: Calibration | None = None,
+    recover: bool | Sequence[str] = True,
+    protect: Sequence[str] = (),
+    seed: int = 0,
+) -> FactorResult:
+    """Replace layers of ``model`` by two or three thin ones, until it meets ``budget``. The model is not changed.
+
+    A layer is factorised so that its outputs on the calibration data lose least, and the budget is spent where that
+    costs least of the variance of what the layer writes to. Source: Kim et al. 2016, "Compression of deep convolutional
+    neural networks", section 3.1 (tucker2); Jaderberg et al. 2014, "Speeding up convolutional neural networks with low
+    rank expansions", section 2.1 (spatial).
+
+    Args:
+        model: any module, in any mode.
+        example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        budget: the fraction to keep of macs or params; never exceeded.
+        energy: instead of a budget, the part of the second moment of its outputs that each layer keeps, in (0, 1).
+        methods: some of "tucker2" (1 x 1, k x k, 1 x 1; either 1 x 1 may be left out), "svd" (dense layers and 1 x 1
+            convolutions) and "spatial" (k x 1 and 1 x k, or the other way round).
+        calibration: batches of inputs, without labels; a DataLoader will do.
+        recover: refit the new model from ``calibration``, without training: True, or names from
+            :data:`compress.recover.METHODS`.
+        protect: shell patterns of parameter or module names that stay as they are, such as ``"head.*"``.
+        seed: for the positions of images that are looked at.
+
+    Raises:
+        TraceError: the model does not run on its example inputs.
+        BudgetError: the budget cannot be reached; says what can. Or it is of latency or channels.
+        CalibrationError: there are no data, or they do not fit.
+        PruneError: nothing can be factorised (the reasons are listed), or an option is unknown.
+    """
+    model = unwrapped(model)
+    metric = _checked_options(budget, energy, methods)
+    chosen_recovery = methods_of(recover)
+    calibration = check_calibration(calibration, "factorize")
+    if on_meta(model):
+        raise PruneError("a model on the meta device has no values to factorise: load its weights first")
+    trace = record(model, example_inputs, training=False)
+    before = cost_of(model, trace)
+    sites, left = factorable(model, trace, find_sites(trace))
+    for site in [site for site in sites if _protected(site, protect)]:
+        left[site.parameter] = "it is protected"
+    sites = [site for site in sites if site.parameter not in left]
+    collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
+    (grams,) = gather(model, trace, calibration, [collector])
+    assert isinstance(grams, Grams)
+    layers, without = layers_of(model, sites, grams.sums, methods)
+    left |= without
+    if not layers:
+        raise PruneError(
+            f"nothing can be factorised: {_reasons(left) or 'the model has no convolution or dense layer'}"
+        )
+    if budget is not None:
+        choice = within_budget(layers, metric, getattr(before, metric), budget.fraction)
+    else:
+        assert energy is not None
+        choice = by_energy(layers, energy)
+    factors, weights = _built(layers, choice, metric)
+    plan = FactorPlan(factors)
+    made = copied(model)
+    insert(made, plan, weights)
+    after = cost_of(made, record(made, example_inputs, training=False))
+    recovery, notes = None, [*trace.notes, *_scarce(grams.sums, choice)]
+    if chosen_recovery and factors:
+        recovery = recovered(
+            made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
+        )
+        notes += recovery.notes
+    return FactorResult(made, plan, before, after, left, tuple(notes), recovery)
+
+
+def _checked_options(budget: Budget | None, energy: float | None, methods: Sequence[str]) -> str:
+    """The budget's metric."""
+    for method in methods:
+        if method not in METHODS:
+            raise PruneError(f"method {method!r} is unknown: choose among {', '.join(METHODS)}")
+    if (budget is None) == (energy is None):
+        raise BudgetError("factorize takes a budget or an energy: pass budget=Budget(macs=0.5), or energy=0.99")
+    if energy is not None and not 0 < energy < 1:
+        raise BudgetError(f"energy={energy} is the part of each layer's outputs that stays: between 0 and 1")
+    if budget is not None and budget.metric not in ("macs", "params"):
+        raise BudgetError(f"factorize spends macs or params, not {budget.metric}: pass Budget(macs={budget.fraction})")
+    return "macs" if budget is None else budget.metric
+
+
+def _protected(site: Site, protect: Sequence[str]) -> bool:
+    names = site.parameter, site.parameter.removesuffix(".weight")
+    return any(fnmatchcase(name, pattern) for name in names for pattern in protect)
+
+
+def _built(
+    layers: Sequence[Layer], choice: Choice, metric: str
+) -> tuple[tuple[Factor, ...], dict[str, tuple[Tensor, ...]]]:
+    """The chosen factors with their weights; of spatial kernels the better of both orders."""
+    factors, weights = [], {}
+    for layer in layers:
+        if layer.name not in choice:
+            continue
+        found = []
+        for option in _orders(layer, choice[layer.name], metric):
+            factor = Factor(
+                layer.name, option.kind, option.ranks, option.first, tuple(layer.problem.weight.shape), option.error
+            )
+            made, error = factors_of(layer.problem, factor)
+            found.append((error, replace(factor, error=error), made))
+        _, factor, weights[layer.name] = min(found, key=lambda each: each[0])
+        factors.append(factor)
+    return tuple(factors), weights
+
+
+def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
+    """The option, and the one with the kernels in the other order that costs no more."""
+    others = [
+        other
+        for other in layer.options
+        if option.kind == other.kind == "spatial"
+        and other.first in {*SPLITS} - {option.first}
+        and cost(other, metric) <= cost(option, metric)
+    ]
+    return [option, *([max(others, key=lambda other: cost(other, metric))] if others else [])]
+
+
+def _scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+    few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in choice]
+    if not few:
+        return []
+    return [f"too few calibration samples for {len(few)} layers ({few[0]} ...): a ridge was used; pass more data"]
+
+
+def _reasons(left: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:5])

@@ -1,0 +1,96 @@
+"""A factorisation plan as plain data: which layers are replaced by which thin ones, at which ranks."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from compress.errors import PruneError
+
+VERSION = 1
+KIND = "factorize"
+LAST = {"linear": "expand", "tucker2": "expand", "spatial": "second"}  # the child that gives the layer's outputs
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The layer ``module``, of a weight with this ``shape``, becomes a layer of :mod:`layers.low_rank`.
+
+    ``kind`` is "linear", "tucker2" or "spatial" (``first`` says which kernel comes first); ``ranks`` are those of the
+    inputs' and of the outputs' side for "tucker2" (None: no 1 x 1 convolution there), else one number. ``error`` is
+    what the outputs lose on the calibration data, as a part of the variance of what they are added to.
+    """
+
+    module: str
+    kind: str
+    ranks: tuple[int | None, ...]
+    first: str
+    shape: tuple[int, ...]
+    error: float
+
+    @property
+    def last(self) -> str:
+        """The child that gives the outputs and has the bias."""
+        return "core" if self.kind == "tucker2" and self.ranks[1] is None else LAST[self.kind]
+
+
+@dataclass(frozen=True)
+class FactorPlan:
+    """Everything that surgery needs; names are those of the dense model.
+
+    >>> FactorPlan.from_json(FactorPlan().to_json()) == FactorPlan()
+    True
+    """
+
+    factors: tuple[Factor, ...] = ()
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Weights of the new model that give the outputs of a weight of the dense one, by name."""
+        return {f"{f.module}.{f.last}.weight": f"{f.module}.weight" for f in self.factors}
+
+    def to_json(self) -> str:
+        """The plan as a JSON document."""
+        return json.dumps({"version": VERSION, "kind": KIND, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "FactorPlan":
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PruneError: the text is not a plan, or was written by a later version.
+        """
+        try:
+            data = json.loads(text)
+            if data["kind"] != KIND:
+                raise PruneError(f"not a factorisation plan but {data['kind']!r}: pass what FactorPlan.to_json() gave")
+            if data["version"] != VERSION:
+                raise PruneError(
+                    f"the plan has format version {data['version']}, this prunus reads {VERSION}: upgrade it"
+                )
+            return cls(tuple(_factor_from(factor) for factor in data["factors"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, PruneError):
+                raise
+            raise PruneError(
+                f"not a factorisation plan ({type(error).__name__}: {error}): pass what to_json() gave"
+            ) from error
+
+
+def is_factor_plan(text: str) -> bool:
+    """Whether a JSON document says that it is a factorisation plan."""
+    try:
+        return bool(json.loads(text).get("kind") == KIND)
+    except (ValueError, AttributeError):
+        return False
+
+
+def _factor_from(data: Mapping[str, object]) -> Factor:
+    kind, ranks, first = data["kind"], data["ranks"], data["first"]
+    if kind not in LAST or not isinstance(ranks, list) or len(ranks) != (2 if kind == "tucker2" else 1):
+        raise ValueError(f"kind {kind!r} with ranks {ranks!r} is unknown")
+    if not all(type(rank) is int and rank > 0 for rank in ranks if rank is not None or kind != "tucker2"):
+        raise ValueError(f"ranks {ranks!r} are not positive numbers")
+    if first not in ("", "vertical", "horizontal"):
+        raise ValueError(f"first={first!r} is unknown")
+    shape = tuple(int(n) for n in data["shape"])  # type: ignore[attr-defined]
+    return Factor(str(data["module"]), str(kind), tuple(ranks), str(first), shape, float(data["error"]))  # type: ignore[arg-type]

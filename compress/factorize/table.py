@@ -1,0 +1,34 @@
+"""What factorisation left of a model, for people."""
+
+from rich.table import Table
+
+from compress.factorize.factorizing import FactorResult
+from compress.factorize.plan import Factor
+from compress.table import cost_table, recovery_table, render
+
+
+def result_table(result: FactorResult) -> str:
+    """Cost before and after, what each layer became, and why others stay."""
+    layers = Table(title="factorised layers")
+    for column in ("layer", "became", "ranks", "error"):
+        layers.add_column(column, justify="right" if column == "error" else "left")
+    for factor in result.plan.factors:
+        layers.add_row(factor.module, _kind(factor), _ranks(factor), f"{factor.error:.3g}")
+    tables = [cost_table("factorised", result.before, result.after), layers]
+    if result.left:
+        left = Table(title="left as they are")
+        left.add_column("weight")
+        left.add_column("reason")
+        for name, reason in result.left.items():
+            left.add_row(name, reason)
+        tables.append(left)
+    tables += [recovery_table(result.recovery)] if result.recovery else []
+    return render(*tables) + "".join(f"\nnote: {note}" for note in result.notes)
+
+
+def _kind(factor: Factor) -> str:
+    return f"spatial, {factor.first} first" if factor.kind == "spatial" else factor.kind
+
+
+def _ranks(factor: Factor) -> str:
+    return " and ".join("whole" if rank is None else str(rank) for rank in factor.ranks)
