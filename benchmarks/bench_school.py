@@ -11,8 +11,8 @@ each school, a smaller denominator, the same predictions read about 10 points lo
 26 to 29 % of older papers seem to be.
 
 "average" is the mean of the predictions of the models named in ``AVERAGED``, with equal weights. The power of 0.7 makes
-the spread of the scores about the same everywhere. That power, the models in the average and the scaling of columns were settled while looking at
-test scores of splits 0 to 3; the ridges and the trace norms were not.
+the spread of the scores about the same everywhere. That power, the models in the average and the scaling of columns
+were settled while looking at test scores of splits 0 to 3; the ridges and the trace norms were not.
 """
 
 from __future__ import annotations
