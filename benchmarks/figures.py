@@ -36,6 +36,7 @@ def table(results: Path) -> str:
         ("bench_no_training", _no_training),
         ("bench_retrain", _retrain),
         ("bench_retrain_gpu", _retrain),
+        ("bench_school", _school),
     ):
         path = results / f"{name}.json"
         if path.exists():
@@ -118,6 +119,19 @@ def _retrain(found: dict[str, Any]) -> list[tuple[str, str]]:
         if best := max(peers, key=peers.__getitem__, default=None):
             figure += f"; Torch-Pruning's best ({best}): {peers[best]:.2%} (seeds: {len(methods[best])})"
         rows.append((what, figure.removeprefix("; ")))
+    return rows
+
+
+def _school(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for part in sorted({row["train"] for row in found["summary"]}, reverse=True):
+        explained = {row["model"]: row["explained"] for row in found["summary"] if row["train"] == part}
+        best = max(explained, key=explained.__getitem__)
+        alone, deviations = explained["independent ridge"], explained["trace norm of deviations"]
+        figure = (
+            f"{explained[best]:.1%} ({best}), {deviations:.1%} (trace norm of deviations), {alone:.1%} (each alone)"
+        )
+        rows.append((f"School data, variance explained from {part:.0%} of the students", figure))
     return rows
 
 
