@@ -63,7 +63,7 @@ def refit(
         lands = {key: all(pair.lands[key] for pair in pairs) for key in order}
         outputs = [ref.id for ref in small[0][1].outputs]
         chains = _chains(pairs, order)
-        waiting = {first for (first,) in chains.values()}
+        waiting = set(chains.values())
         try:
             for pair in pairs:
                 pair.start(lands)
@@ -76,6 +76,8 @@ def refit(
                     name = pairs[0].large.sites[key].parameter
                     kept = pairs[0].large.sites[key].kept_outputs(removed.get(name, ()), shapes[name])
                     layer = Layer(pairs, key, lands[key], torch.from_numpy(kept), tensors, generator)
+                    for pair in pairs:
+                        pair.small.check(key)
                     with quick_operators():
                         error = layer.refit(methods)
                         if key in chains and "least_squares" in methods:
@@ -84,8 +86,10 @@ def refit(
                 for pair in pairs:
                     if key not in pair.inner:
                         pair.large.release(key)
-                    for done in (key, *chains.get(key, ())) if key not in waiting else ():
-                        pair.small.release(done)
+                    if key in chains:  # what fed it waited for it
+                        pair.small.release(chains[key])
+                    if key not in waiting:
+                        pair.small.release(key)
         finally:
             for side in (side for pair in pairs for side in pair.sides):
                 side.abandon()
@@ -102,11 +106,11 @@ def _suitable(pairs: Sequence[Pair], key: Key, weight: Tensor) -> bool:
     return small and weight.is_floating_point() and all(side.unchanged(key) for side in sides)
 
 
-def _chains(pairs: Sequence[Pair], order: Sequence[Key]) -> dict[Key, tuple[Key]]:
+def _chains(pairs: Sequence[Pair], order: Sequence[Key]) -> dict[Key, Key]:
     """The layers that are fed by one other layer alone, and that layer."""
     chains = pairs[0].small.chains
     return {
-        second: (chain.first,)
+        second: chain.first
         for second, chain in chains.items()
         if second in order and chain.first in order and all(second in pair.small.chains for pair in pairs)
     }

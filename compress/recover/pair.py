@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compress.gram import check_finite
 from compress.landing import find_landings
 from compress.recorder import Op, Trace
-from compress.recover.chain import Chain, find_chains
+from compress.recover.chain import find_chains
 from compress.recover.lockstep import Run
 from compress.sites import Key, by_key, find_sites
 from compress.trace import ExampleInputs
@@ -42,12 +42,17 @@ class _Held:
 
 
 class Side:
-    """One model on one batch. Stops at each site's landing, where there is one, else right behind the site."""
+    """One model on one batch. Stops at each site's landing, where there is one, else right behind the site.
 
-    def __init__(self, model: nn.Module, inputs: ExampleInputs, trace: Trace, batch: int) -> None:
+    ``chained``: what lies between the two layers of a chain is held as well, to follow what a change of the first does.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: ExampleInputs, trace: Trace, batch: int, *, chained: bool = False
+    ) -> None:
         self.sites = by_key(find_sites(trace))
         self.landings = find_landings(trace, list(self.sites.values()))
-        self.chains = find_chains(trace, list(self.sites.values()))
+        self.chains = find_chains(trace, list(self.sites.values())) if chained else {}
         self.batch = batch
         self._model, self._inputs, self._trace = model, inputs, trace
         self._held: dict[int, _Held] = {}
@@ -59,9 +64,6 @@ class Side:
         changed = {key: (names.get(key[0], key[0]), key[1]) for key in self.sites}
         self.sites = {changed[key]: site for key, site in self.sites.items()}
         self.landings = {changed[key]: landing for key, landing in self.landings.items()}
-        self.chains = {
-            changed[key]: Chain(changed[chain.first], changed[key], chain.path) for key, chain in self.chains.items()
-        }
 
     def start(self, lands: Mapping[Key, bool]) -> None:
         """Begin the run; ``lands`` says where each site stops."""
@@ -95,8 +97,11 @@ class Side:
         site = self.sites[key]
         source = self._held[site.op.index].args[site.place]
         assert isinstance(source, Tensor)
-        check_finite(source, site, self.batch)
         return source
+
+    def check(self, key: Key) -> None:
+        """Raises :class:`CalibrationError` where what enters the site is not finite."""
+        check_finite(self.source(key), self.sites[key], self.batch)
 
     def unchanged(self, key: Key) -> bool:
         """Whether the site can be run again: nothing wrote into its input since."""
@@ -194,7 +199,7 @@ class Pair:
         batch: int,
         origins: Mapping[str, str] | None = None,
     ) -> None:
-        self.small = Side(small[0], inputs, small[1], batch)
+        self.small = Side(small[0], inputs, small[1], batch, chained=True)
         self.large = Side(large[0], inputs, large[1], batch)
         self.large.rename({theirs: mine for mine, theirs in (origins or {}).items()})
         last = {landing.end.index: key for key, landing in self.small.landings.items() if landing.end is not None}
