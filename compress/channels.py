@@ -1,6 +1,5 @@
 """The channel graph: which channels of a model can be removed, what goes with each, and why the others stay."""
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +9,8 @@ import numpy.typing as npt
 from torch import nn
 
 from compress.counts import Lump
-from compress.errors import PruneError
 from compress.labels import FIXED, Array, Labels, Mark, ParameterAxis
+from compress.names import protected
 from compress.provenance import Stored
 from compress.recorder import Trace
 from compress.rules import propagate
@@ -126,11 +125,7 @@ class ChannelGraph:
         """
         marks = []
         for pattern in patterns:
-            names = {axis.parameter for axis in self.labels.axes}
-            # a module's name protects what is inside it
-            matching = {n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")}
-            if not matching:
-                raise PruneError(f"protect={pattern!r} matches no parameter; names look like {sorted(names)[0]!r}")
+            matching = protected(pattern, {axis.parameter for axis in self.labels.axes})
             frozen = [np.arange(a.start, a.start + a.size) for a in self.labels.axes if a.parameter in matching]
             marks.append(Mark(np.concatenate(frozen), f"protected by {pattern!r}"))
         return ChannelGraph(self.trace, self.labels, (*self._extra, *marks)) if marks else self

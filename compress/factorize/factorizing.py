@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
@@ -15,11 +14,12 @@ from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
 from compress.factorize.surgery import SPLITS, factors_of, insert
 from compress.gram import GramCollector, Grams, GramSums
+from compress.names import protected
 from compress.plan import PrunePlan
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
-from compress.sites import Key, Site, find_sites
+from compress.sites import Key, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
 from compress.watch import gather
@@ -96,8 +96,8 @@ def factorize(
     trace = record(model, example_inputs, training=False)
     before = cost_of(model, trace)
     sites, left = factorable(model, trace, find_sites(trace))
-    for site in [site for site in sites if _protected(site, protect)]:
-        left[site.parameter] = "it is protected"
+    whole = {name for pattern in protect for name in protected(pattern, trace.parameters)}
+    left |= {site.parameter: "it is protected" for site in sites if site.parameter in whole}
     sites = [site for site in sites if site.parameter not in left]
     collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
     (grams,) = gather(model, trace, calibration, [collector])
@@ -139,11 +139,6 @@ def _checked_options(budget: Budget | None, energy: float | None, methods: Seque
     if budget is not None and budget.metric not in ("macs", "params"):
         raise BudgetError(f"factorize spends macs or params, not {budget.metric}: pass Budget(macs={budget.fraction})")
     return "macs" if budget is None else budget.metric
-
-
-def _protected(site: Site, protect: Sequence[str]) -> bool:
-    names = site.parameter, site.parameter.removesuffix(".weight")
-    return any(fnmatchcase(name, pattern) for name in names for pattern in protect)
 
 
 def _built(

@@ -238,3 +238,9 @@ def test_bad_input_is_said(net: Net) -> None:
         FactorPlan.from_json(compress.PrunePlan().to_json())
     with pytest.raises(PruneError, match="are not positive"):
         FactorPlan.from_json(plan.to_json().replace("[11]", "[0]"))
+
+
+def test_a_pattern_that_protects_nothing_is_an_error_as_in_prune(net: Net) -> None:
+    batches = images()
+    with pytest.raises(PruneError, match=r"protect='tail' matches no parameter"):
+        compress.factorize(net, batches[0][:1], energy=0.5, calibration=batches, protect=("tail",))
