@@ -65,8 +65,8 @@ class Task:
 
     A missing label is NaN in a target of numbers, and the loss's ``ignore_index`` (else -100) in one of classes. It
     counts neither in the loss nor in the metric; a batch without any label of a task does not train that task. A loss
-    with the attribute ``ignore_index`` leaves out missing classes itself; any other gets the samples whose classes are
-    all there.
+    with the attribute ``ignore_index`` leaves out missing classes itself; any other gets the samples that have a class,
+    with -100 in place of those that are missing.
 
     Args:
         name: names the model's output, the target and the curves; not empty, without "." and "/"

@@ -51,8 +51,6 @@ class BiLSTMCRF(nn.Module):
         """
         return -self.crf(emissions, tags, tags != IGNORED).mean()
 
-    loss.ignore_index = IGNORED  # type: ignore[attr-defined]  # tells trainers to leave whole sequences to it
-
     def decode(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The likeliest tags (batch, time), -1 beyond the lengths."""
         mask = None if lengths is None else padding_mask(lengths.to(tokens.device), tokens.shape[1])
