@@ -65,7 +65,38 @@ class Highway(_Highway):
         return super().forward(x)
 
 
-class HighwayConv1d(_Highway):
+class _HighwayConv(_Highway):
+    """What the two below share."""
+
+    _conv: type[nn.Conv1d] | type[nn.Conv2d]
+    _axes: tuple[str, ...]
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        *,
+        carry: str = "coupled",
+        activation: str | nn.Module | None = "relu",
+        gate_bias: float = -2.0,
+    ) -> None:
+        name = type(self).__name__
+        check_positive(name, channels=channels)
+        padding = same_padding(name, kernel_size)
+        super().__init__(
+            lambda: self._conv(channels, channels, kernel_size, padding=padding),
+            carry=carry,
+            activation=activation,
+            gate_bias=gate_bias,
+        )
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_shape(self, "x", x, ("batch", self.channels, *self._axes))
+        return super().forward(x)
+
+
+class HighwayConv1d(_HighwayConv):
     """`Highway` with convolutions that keep the size in place of matrix products: (batch, channels, time), in and out.
 
     The kernel size is odd. Source: as for `Highway`, section 5; Zilly et al.: Recurrent Highway Networks (2017) for the
@@ -77,59 +108,17 @@ class HighwayConv1d(_Highway):
     torch.Size([2, 6, 9])
     """
 
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        *,
-        carry: str = "coupled",
-        activation: str | nn.Module | None = "relu",
-        gate_bias: float = -2.0,
-    ) -> None:
-        check_positive("HighwayConv1d", channels=channels)
-        padding = same_padding("HighwayConv1d", kernel_size)
-        super().__init__(
-            lambda: nn.Conv1d(channels, channels, kernel_size, padding=padding),
-            carry=carry,
-            activation=activation,
-            gate_bias=gate_bias,
-        )
-        self.channels = channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_shape(self, "x", x, ("batch", self.channels, "time"))
-        return super().forward(x)
+    _conv, _axes = nn.Conv1d, ("time",)
 
 
-class HighwayConv2d(_Highway):
+class HighwayConv2d(_HighwayConv):
     """`HighwayConv1d` for images: (batch, channels, height, width), in and out. Errors as for `HighwayConv1d`.
 
     >>> HighwayConv2d(6, 3)(torch.zeros(2, 6, 9, 7)).shape
     torch.Size([2, 6, 9, 7])
     """
 
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        *,
-        carry: str = "coupled",
-        activation: str | nn.Module | None = "relu",
-        gate_bias: float = -2.0,
-    ) -> None:
-        check_positive("HighwayConv2d", channels=channels)
-        padding = same_padding("HighwayConv2d", kernel_size)
-        super().__init__(
-            lambda: nn.Conv2d(channels, channels, kernel_size, padding=padding),
-            carry=carry,
-            activation=activation,
-            gate_bias=gate_bias,
-        )
-        self.channels = channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_shape(self, "x", x, ("batch", self.channels, "height", "width"))
-        return super().forward(x)
+    _conv, _axes = nn.Conv2d, ("height", "width")
 
 
 def _with_bias(gate: nn.Linear | nn.Conv1d | nn.Conv2d, value: float) -> nn.Module:
