@@ -14,13 +14,11 @@ from typing import Any
 
 import compress
 from benchmarks.bench_no_training import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     accuracy_on_test,
     calibration_images,
     print_rows,
 )
-from benchmarks.common import parse_checkpoint, parser, skipped, trained_model, write_results
+from benchmarks.common import checkpoint_parser, parse_checkpoint, skipped, trained_model, write_results
 from compress.cost import relative_latency
 from compress.factorize.options import METHODS
 from mtl.data import ImageData
@@ -32,15 +30,8 @@ TIMED_IMAGES = 32
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit status 0, also where it has nothing to run on, and 2 for bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = parser(__file__, "accuracy of checkpoints that were factorised without any training")
-    flags.add_argument("--checkpoint", action="append", metavar="SOURCE:NAME=FILE@MACS,...", default=[],
-                       help="a model, its weights and the fractions of MACs to keep; may be given again")  # fmt: skip
-    flags.add_argument("--data", help="imagefolder:PATH (with train/ and test/), cifar10:PATH, cifar100:PATH or digits")
+    flags = checkpoint_parser(__file__, "accuracy of checkpoints that were factorised without any training")
     flags.add_argument("--methods", nargs="+", default=["all"], choices=["all", *METHODS], help="to compare")
-    flags.add_argument("--images", type=int, default=2048, help="of calibration")
-    flags.add_argument("--batch-size", type=int, default=128)
-    flags.add_argument("--mean", type=float, nargs="+", default=IMAGENET_MEAN, help="per channel")
-    flags.add_argument("--std", type=float, nargs="+", default=IMAGENET_STD, help="per channel")
     flags.add_argument("--seed", type=int, default=0)
     config = flags.parse_args(arguments)
     if not config.checkpoint or config.data is None:

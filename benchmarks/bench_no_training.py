@@ -18,29 +18,21 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import compress
-from benchmarks.common import parse_checkpoint, parser, skipped, trained_model, wide_console, write_results
+from benchmarks.common import checkpoint_parser, parse_checkpoint, skipped, trained_model, wide_console, write_results
 from benchmarks.peer import prune_to_macs
 from compress.criteria import CRITERIA, needs
 from compress.recover import reestimate_batch_norm
 from mtl.data import ImageData
 from scripts.sources import open_data
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what the public CIFAR checkpoints expect
 TEST_BATCH_SIZE = 500
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit status 0, also where it has nothing to run on, and 2 for bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = parser(__file__, "accuracy of checkpoints that were pruned without any training")
-    flags.add_argument("--checkpoint", action="append", metavar="SOURCE:NAME=FILE@MACS,...", default=[],
-                       help="a model, its weights and the fractions of MACs to keep; may be given again")  # fmt: skip
-    flags.add_argument("--data", help="imagefolder:PATH (with train/ and test/), cifar10:PATH, cifar100:PATH or digits")
+    flags = checkpoint_parser(__file__, "accuracy of checkpoints that were pruned without any training")
     flags.add_argument("--criterion", nargs="+", default=sorted(CRITERIA), help="criteria to compare")
-    flags.add_argument("--images", type=int, default=2048, help="of calibration")
-    flags.add_argument("--batch-size", type=int, default=128)
-    flags.add_argument("--mean", type=float, nargs="+", default=IMAGENET_MEAN, help="per channel")
-    flags.add_argument("--std", type=float, nargs="+", default=IMAGENET_STD, help="per channel")
     flags.add_argument("--seed", type=int, default=0)
     config = flags.parse_args(arguments)
     if not config.checkpoint or config.data is None:

@@ -18,12 +18,10 @@ from typing import Any
 from rich.table import Table
 
 import compress
-from benchmarks.common import parser, skipped, wide_console, write_results
+from benchmarks.common import IMAGENET_MEAN, IMAGENET_STD, parser, skipped, wide_console, write_results
 from compress.report import HISTORY
 from scripts.config import PruneConfig
 from scripts.prune import run
-
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what the public CIFAR checkpoints expect
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,8 +26,7 @@ from rich.table import Table
 from torch import nn
 
 import compress
-from benchmarks.bench_no_training import IMAGENET_MEAN, IMAGENET_STD
-from benchmarks.common import parse_checkpoint, parser, skipped, trained_model, wide_console, write_results
+from benchmarks.common import checkpoint_parser, parse_checkpoint, skipped, trained_model, wide_console, write_results
 from benchmarks.peer import prune_to_macs
 from compress.folder import write_file
 from compress.seeding import seed_everything
@@ -53,10 +52,7 @@ DEFAULTS: dict[str, Any] = {
 def main(argv: Sequence[str] | None = None, file: str = __file__, defaults: Mapping[str, Any] = DEFAULTS) -> int:
     """Run the benchmark; exit status 0, also where it has nothing to run on, and 2 for bad input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = parser(file, "accuracy of pruned checkpoints after a budget of training, beside Torch-Pruning")
-    flags.add_argument("--checkpoint", action="append", metavar="SOURCE:NAME=FILE@MACS,...", default=[],
-                       help="a model, its weights and the fractions of MACs to keep; may be given again")  # fmt: skip
-    flags.add_argument("--data", help="imagefolder:PATH (with train/ and test/), cifar10:PATH, cifar100:PATH or digits")
+    flags = checkpoint_parser(file, "accuracy of pruned checkpoints after a budget of training, beside Torch-Pruning")
     flags.add_argument("--methods", nargs="+", choices=METHODS, help="in the order in which they run")
     flags.add_argument("--seeds", type=int, nargs="+")
     flags.add_argument("--epochs", type=int, help="in all, over all rounds")
@@ -66,10 +62,6 @@ def main(argv: Sequence[str] | None = None, file: str = __file__, defaults: Mapp
     flags.add_argument("--temperature", type=float, help="of the distillation")
     flags.add_argument("--ema-decay", type=float, help="average of the weights, for all methods")
     flags.add_argument("--peer-rounds", type=int, help="steps in which the peer prunes")
-    flags.add_argument("--batch-size", type=int, default=128)
-    flags.add_argument("--images", type=int, default=2048, help="training images without labels, for our pruning")
-    flags.add_argument("--mean", type=float, nargs="+", default=IMAGENET_MEAN, help="per channel")
-    flags.add_argument("--std", type=float, nargs="+", default=IMAGENET_STD, help="per channel")
     flags.add_argument("--validation", type=float, default=0.0, help="measure on this part of the training images")
     flags.add_argument("--device", default="auto")
     flags.add_argument("--folder", help="of the runs, to resume them; default: a temporary one")

@@ -31,6 +31,8 @@ from scripts.sources import build_model
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # what the public CIFAR checkpoints expect
+
 Stages = Mapping[str, float]  # seconds by name of the stage
 
 
@@ -38,6 +40,19 @@ def parser(file: str, claim: str) -> argparse.ArgumentParser:
     """Flags of the benchmark in ``file``: ``--output`` is where its JSON goes, by default beside those committed."""
     flags = argparse.ArgumentParser(description=claim, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--output", type=Path, default=RESULTS / f"{Path(file).stem}.json", help="JSON file to write")
+    return flags
+
+
+def checkpoint_parser(file: str, claim: str) -> argparse.ArgumentParser:
+    """Flags of a benchmark that runs on checkpoints and images which are no part of prunus."""
+    flags = parser(file, claim)
+    flags.add_argument("--checkpoint", action="append", metavar="SOURCE:NAME=FILE@MACS,...", default=[],
+                       help="a model, its weights and the fractions of MACs to keep; may be given again")  # fmt: skip
+    flags.add_argument("--data", help="imagefolder:PATH (with train/ and test/), cifar10:PATH, cifar100:PATH or digits")
+    flags.add_argument("--images", type=int, default=2048, help="training images without labels")
+    flags.add_argument("--batch-size", type=int, default=128)
+    flags.add_argument("--mean", type=float, nargs="+", default=IMAGENET_MEAN, help="per channel")
+    flags.add_argument("--std", type=float, nargs="+", default=IMAGENET_STD, help="per channel")
     return flags
 
 
