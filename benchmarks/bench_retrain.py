@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -82,6 +83,13 @@ def main(argv: Sequence[str] | None = None, file: str = __file__, defaults: Mapp
 
 def _run_all(config: Any, folder: Path, arguments: Sequence[str]) -> list[dict[str, Any]]:
     """The results of all runs, written after each."""
+    if set(config.methods) - {"ours"}:
+        if not 1 <= config.peer_rounds <= config.epochs:
+            raise ValueError(
+                f"--peer-rounds is {config.peer_rounds}, but it must be in 1 ... --epochs: an epoch after each"
+            )
+        if find_spec("torch_pruning") is None:
+            raise ValueError("the peer's methods need Torch-Pruning: pip install -e '.[peers]', or --methods ours")
     data = open_data(config.data, mean=config.mean, std=config.std, image_size=None, validation=config.validation)
     names = (*(name for name in DEFAULTS if name != "methods"), "ema_decay", "batch_size", "images", "validation")
     settings = {name: getattr(config, name) for name in (*names, "dry_run")}
@@ -144,8 +152,6 @@ class Run:
         import torch_pruning
 
         rounds = self.config.peer_rounds
-        if not 1 <= rounds <= self.config.epochs:
-            raise ValueError(f"--peer-rounds is {rounds}, but it must be in 1 ... --epochs: an epoch after each")
         settings = {"p": 1} if importance == "l1" else {}
         scores = getattr(torch_pruning.importance, IMPORTANCES[importance])(**settings)
         macs = compress.measure(self.dense, self._example()).macs

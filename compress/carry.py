@@ -76,7 +76,8 @@ class OptimizerState(Optimizer):
                         f"{self.kind} keeps {key!r} of {name}, a {type(value).__name__}, which cannot be carried over: "
                         "do not carry this optimizer"
                     )
-        save_file(tensors, path, {"kind": self.kind, "numbers": json.dumps(numbers)})
+        # One key: safetensors writes several in any order, and the same state must give the same bytes.
+        save_file(tensors, path, {"optimizer": json.dumps({"kind": self.kind, "numbers": numbers})})
 
 
 def read_state(path: Path, model: nn.Module) -> OptimizerState | None:
@@ -84,13 +85,13 @@ def read_state(path: Path, model: nn.Module) -> OptimizerState | None:
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        values = {key: file.get_tensor(key) for key in file.keys()} | json.loads(metadata["numbers"])  # noqa: SIM118
+        header = json.loads(file.metadata()["optimizer"])
+        values = {key: file.get_tensor(key) for key in file.keys()} | header["numbers"]  # noqa: SIM118  (not a dict)
     states: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         item, _, name = key.partition(":")
         states.setdefault(name, {})[item] = value
-    return OptimizerState(model, metadata["kind"], states)
+    return OptimizerState(model, header["kind"], states)
 
 
 class Carry:

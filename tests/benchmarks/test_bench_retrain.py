@@ -53,8 +53,8 @@ def test_the_peer_meets_the_same_budget(checkpoint: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint", "layers:digits_cnn"], "is not of the form"),
-        (["--checkpoint", "layers:digits_cnn=none.pt@0.5"], "does not exist"),
+        (["--methods", "ours", "--checkpoint", "layers:digits_cnn"], "is not of the form"),
+        (["--methods", "ours", "--checkpoint", "layers:digits_cnn=none.pt@0.5"], "does not exist"),
         (["--methods", "l1", "--peer-rounds", "9"], "--peer-rounds is 9"),
     ],
 )
