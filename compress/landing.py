@@ -31,6 +31,11 @@ class Landing:
     rectified: bool = False
     intercept: tuple[str, int] | None = None
 
+    @property
+    def reshaped(self) -> bool:
+        """Whether what lands is the output in another shape or order."""
+        return any(base_name(op) in RESHAPES for op in self.steps)
+
 
 def find_landings(trace: Trace, sites: Sequence[Site]) -> dict[Key, Landing]:
     """The landing of each site."""

@@ -56,6 +56,7 @@ class Side:
         self.batch = batch
         self._model, self._inputs, self._trace = model, inputs, trace
         self._held: dict[int, _Held] = {}
+        self._scales: dict[Key, Tensor] = {}  # (no refit of a layer changes what multiplies its outputs)
         self._end: tuple[Any, ...] = ()
         self._at: Key | None = None
 
@@ -123,17 +124,15 @@ class Side:
 
         The steps are affine and elementwise, so their derivative is that scale, and leads back to the output's shape.
         """
-        end = self._landed(key)
-        if self.landings[key].adds:
+        landing, end = self.landings[key], self._landed(key)
+        if landing.adds:
             left, right = self._end[:2]
-            end = end + (right if self.landings[key].first else left)
-        with torch.enable_grad():
-            leaf = torch.zeros_like(self._held[self.sites[key].op.index].result).requires_grad_()
-            made = self._follow(self.sites[key].op, self.landings[key].steps, leaf.clone())
-            scale, scaled = (
-                torch.autograd.grad(made, leaf, value, retain_graph=True)[0] for value in (torch.ones_like(made), end)
-            )
-        return torch.nan_to_num(scaled / scale, 0.0, 0.0, 0.0), scale
+            end = end + (right if landing.first else left)
+        if key not in self._scales:
+            self._scales[key] = self._pulled_back(key, torch.ones_like(end))
+        scale = self._scales[key]
+        scaled = self._pulled_back(key, end) / scale if landing.reshaped else end
+        return torch.where(scale == 0, 0.0, scaled), scale
 
     def renew(self, key: Key) -> None:
         """Go on with what the site gives now."""
@@ -145,9 +144,17 @@ class Side:
 
     def release(self, key: Key) -> None:
         """Forget what was held for the site."""
+        self._scales.pop(key, None)
         chain = self.chains.get(key)
         for op in (self.sites[key].op, *self.landings[key].steps, *(() if chain is None else chain.path)):
             self._held.pop(op.index, None)
+
+    def _pulled_back(self, key: Key, value: Tensor) -> Tensor:
+        """What landed, times the derivative of the steps up to there, in the shape of the site's output."""
+        with torch.enable_grad():
+            leaf = torch.zeros_like(self._held[self.sites[key].op.index].result).requires_grad_()
+            made = self._follow(self.sites[key].op, self.landings[key].steps, leaf.clone())
+            return torch.autograd.grad(made, leaf, value)[0]
 
     def _landed(self, key: Key) -> Tensor:
         steps = self.landings[key].steps
