@@ -85,6 +85,15 @@ class PrunePlan:
         """Lengths of the touched axes before removal."""
         return {(member.parameter, member.axis): member.size for member in self.members()}
 
+    def kept(self, parameter: str, axis: int = 0) -> list[int] | None:
+        """Which elements of ``axis`` of ``parameter`` stay; None where the plan does not touch it.
+
+        For the channels that a layer still gives, such as those to compare with the dense model's.
+        """
+        gone = self.removed().get((parameter, axis))
+        size = self.sizes().get((parameter, axis), 0)
+        return None if gone is None else [int(index) for index in np.setdiff1d(np.arange(size), gone)]
+
     def then(self, following: "PrunePlan") -> "PrunePlan":
         """One plan that does what this one and then ``following`` do, in the indices of the first model.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -27,6 +29,7 @@ class Board:
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every fit has a folder
 
+            _wait_for_another_second(Path(folder))
             self._writer = SummaryWriter(os.fspath(folder), purge_step=first_epoch)
 
     def __enter__(self) -> Self:
@@ -68,3 +71,10 @@ class Board:
             for index, value in enumerate(values.tolist()):
                 self._writer.add_scalar(f"singular_values/{name}/{index}", value, epoch)
         self._writer.flush()
+
+
+def _wait_for_another_second(folder: Path) -> None:
+    # TensorBoard reads the files of a folder by name: the second of their making, then numbers of one digit or more.
+    # Those of one second may be read in the wrong order, and then points are purged that should stay.
+    while any(f".{int(time.time()):010d}." in file.name for file in folder.glob("events.out.tfevents.*")):
+        time.sleep(0.05)

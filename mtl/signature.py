@@ -35,6 +35,8 @@ def signature(
     }
     if distillation is not None:
         found["distillation"] = {"weight": distillation.weight, "temperature": distillation.temperature}
+        if distillation.features:
+            found["distillation"] |= {"features": sorted(distillation.features), "of": distillation.feature_weight}
     if penalty is not None:
         found["penalty"] = _described(penalty)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,10 +97,10 @@ class Stepper:
         local, parts = self.processes.part(batch)
         local = local.to(self.placement.device)
         with self._buffers_kept_where_skipped() as restore, cut_at(self._representation(batch)) as cuts:
-            with self.placement.autocast():
+            with self.placement.autocast(), self._features() as features:
                 outputs = forward(self.model, local, self.tasks)
             pairs = self._pairs(local, outputs, check)
-            losses = self._losses(local, outputs, pairs)
+            losses = self._losses(local, outputs, pairs, features)
             values = self._over_processes({name: parts[name] * loss.detach() for name, loss in losses.items()})
             skipped = {name: number for name, value in values.items() if not math.isfinite(number := float(value))}
             if skipped:
@@ -180,8 +180,15 @@ class Stepper:
                 pairs[task.name] = task.pair(outputs[task.name], labels)
         return pairs
 
+    def _features(self) -> AbstractContextManager[dict[str, list[Tensor]]]:
+        return self.distillation.watched(self.model) if self.distillation is not None else nullcontext({})
+
     def _losses(
-        self, batch: Batch, outputs: Mapping[str, Any], pairs: Mapping[str, tuple[Tensor, Tensor]]
+        self,
+        batch: Batch,
+        outputs: Mapping[str, Any],
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        features: Mapping[str, Sequence[Tensor]],
     ) -> dict[str, Tensor]:
         """What each task minimises on this process's samples; a process without samples of a task has 0 for it."""
         labels: Mapping[str, Labels] = batch.labels
@@ -191,8 +198,7 @@ class Stepper:
         }
         if self.distillation is not None:
             with self.placement.autocast():
-                taught = self.distillation.outputs(batch, self.tasks)
-            losses = self.distillation.mixed(losses, outputs, taught, self.tasks)
+                losses = self.distillation.losses(losses, batch, outputs, features, self.tasks)
         if callable(auxiliary := getattr(self.model, "auxiliary_losses", None)):
             more = auxiliary(outputs, {name: found.values for name, found in labels.items() if found.count})
             losses = {name: loss + more[name] if name in more else loss for name, loss in losses.items()}

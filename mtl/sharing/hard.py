@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mtl.batch import arguments
 from mtl.sharing.private import Pattern, own_copy, private_tensors, split_stem
-from mtl.sharing.taps import run_with_taps
 from mtl.sharing.union import UnionSoftmax
+from mtl.taps import run_with_taps
 
 
 class HardShared(nn.Module):

@@ -132,3 +132,13 @@ def test_text_that_is_no_plan(text: str) -> None:
 def test_a_plan_of_a_later_version() -> None:
     with pytest.raises(compress.PruneError, match="format version 99, this prunus reads"):
         PrunePlan.from_json('{"version": 99, "groups": [], "integers": []}')
+
+
+def test_a_plan_says_which_channels_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(1))
+    result = prune(model, image(), budget=Budget(macs=0.6))
+    kept = result.plan.kept("0.weight")
+    assert kept is not None
+    assert torch.equal(result.model[0].weight, model[0].weight[kept])
+    assert result.plan.kept("2.weight", axis=1) == kept
+    assert result.plan.kept("2.bias") is None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,29 +24,38 @@ def run_with_taps(
         ValueError: for a place that there is not, and for None where the output is not one tensor.
     """
     parts = dict(module.named_modules()) if places != {None} else {}
+    inside = {place for place in places if place is not None and place in parts}
+    with tapped(module, inside) as seen:
+        output = module(*args, **kwargs)
     taken: dict[str | None, Tensor] = {}
+    for place in places:
+        if place is None or place not in inside:
+            taken[place] = _entry(output, place, module)
+        elif not seen[place]:
+            raise ValueError(
+                f"module {place!r} of {type(module).__name__} is not called, so it gives no head its input"
+            )
+        else:
+            taken[place] = seen[place][-1]
+    return taken
 
-    def keep(place: str) -> Callable[..., None]:
+
+@contextmanager
+def tapped(module: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """What the modules of these names inside ``module`` give within the block: a tensor for each call, by name."""
+    taken: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[..., None]:
         def hook(part: nn.Module, arguments: Any, output: Any) -> None:
-            taken[place] = _entry(output, None, part)
+            taken[name].append(_entry(output, None, part))
 
         return hook
 
     with ExitStack() as stack:
-        # Only for this call: a hook that stays would be shared with copies of the module.
-        for place in places:
-            if place is not None and place in parts:
-                stack.callback(parts[place].register_forward_hook(keep(place)).remove)
-        output = module(*args, **kwargs)
-    for place in places:
-        if place is not None and place in parts:
-            if place not in taken:
-                raise ValueError(
-                    f"module {place!r} of {type(module).__name__} is not called, so it gives no head its input"
-                )
-        else:
-            taken[place] = _entry(output, place, module)
-    return taken
+        # Only in here: a hook that stays would be shared with copies of the module.
+        for name in taken:
+            stack.callback(module.get_submodule(name).register_forward_hook(keep(name)).remove)
+        yield taken
 
 
 def _entry(output: Any, key: str | None, module: nn.Module) -> Tensor:
