@@ -27,9 +27,11 @@ from compress.errors import (
 from compress.factorize import Factor, FactorPlan, FactorResult, factorize, unfactorize
 from compress.loop import StopRule, iterate
 from compress.plan import PlanGroup, PlanMember, PrunePlan
+from compress.plans import Plan
 from compress.pruning import PruneResult, prune
 from compress.removal import Removal
 from compress.sensitivity import SensitivityPoint, sensitivity
+from compress.shrink import ShrinkPlan
 from compress.sparsity import GroupLasso
 from compress.surgery import apply, mask
 
@@ -51,6 +53,7 @@ __all__ = [
     "FrozenAxis",
     "GroupLasso",
     "Member",
+    "Plan",
     "PlanGroup",
     "PlanMember",
     "PruneError",
@@ -58,6 +61,7 @@ __all__ = [
     "PruneResult",
     "Removal",
     "SensitivityPoint",
+    "ShrinkPlan",
     "StopRule",
     "TraceError",
     "apply",

@@ -14,17 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError, PruneError
-from compress.factorize.plan import FactorPlan, is_factor_plan
-from compress.factorize.surgery import insert
-from compress.plan import PrunePlan
-from compress.sandbox import unwrapped
-from compress.surgery import apply, copied
+from compress.plans import Plan, read_plan
 
 FORMAT = "prunus"
 VERSION = 1
 
 
-def save(result: Any, path: str | os.PathLike[str], *, plan: PrunePlan | FactorPlan | None = None) -> None:
+def save(result: Any, path: str | os.PathLike[str], *, plan: Plan | None = None) -> None:
     """Write a pruned model to ``path``; an existing file is replaced only when the new one is complete.
 
     Args:
@@ -36,7 +32,7 @@ def save(result: Any, path: str | os.PathLike[str], *, plan: PrunePlan | FactorP
     """
     model = result if isinstance(result, nn.Module) else result.model
     plan = plan if plan is not None else getattr(result, "plan", None)
-    if not isinstance(plan, PrunePlan | FactorPlan):
+    if not isinstance(plan, Plan):
         raise ArtifactError(
             "save needs the plan that made the model: save(result, path) or save(model, path, plan=plan)"
         )
@@ -61,11 +57,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     plan, aliases, tensors = _read(Path(path))
     try:
-        if isinstance(plan, FactorPlan):  # (nothing is decomposed: the weights are in the file)
-            pruned = copied(unwrapped(model))
-            insert(pruned, plan, empty=True)
-        else:
-            pruned = apply(model, plan)
+        pruned = plan.carry_out(model, empty=True)  # (nothing is decomposed: the weights are in the file)
     except PruneError as error:
         raise ArtifactError(f"{str(path)!r} does not fit this model: {error}") from error
     tensors.update({name: tensors[source] for name, source in aliases.items() if source in tensors})
@@ -96,7 +88,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, aliases
 
 
-def _read(path: Path) -> tuple[PrunePlan | FactorPlan, dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Plan, dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise ArtifactError(f"no file at {str(path)!r}: check the path")
     try:
@@ -112,8 +104,7 @@ def _read(path: Path) -> tuple[PrunePlan | FactorPlan, dict[str, str], dict[str,
     if header.get("version") != str(VERSION):
         raise ArtifactError(f"{str(path)!r} has format version {header.get('version')}, not {VERSION}: upgrade prunus")
     try:
-        kind = FactorPlan if is_factor_plan(header["plan"]) else PrunePlan
-        return kind.from_json(header["plan"]), dict(json.loads(header.get("aliases", "{}"))), tensors
+        return read_plan(header["plan"]), dict(json.loads(header.get("aliases", "{}"))), tensors
     except PruneError as error:
         raise ArtifactError(f"{str(path)!r}: {error}") from error
     except (ValueError, TypeError) as error:

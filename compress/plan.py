@@ -3,13 +3,15 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from torch import nn
 
 from compress.channels import ChannelGraph
 from compress.errors import PruneError
 from compress.labels import Array
+from compress.plans import plan_kind
 from compress.provenance import Stored
 
 VERSION = 1
@@ -47,6 +49,7 @@ class StoredValue:
     value: int
 
 
+@plan_kind
 @dataclass(frozen=True)
 class PrunePlan:
     """Everything that surgery needs. Indices are those of the model that the plan was made for.
@@ -55,6 +58,7 @@ class PrunePlan:
     True
     """
 
+    kind: ClassVar[str] = "prune"
     groups: tuple[PlanGroup, ...] = ()
     integers: tuple[StoredValue, ...] = ()
 
@@ -109,9 +113,15 @@ class PrunePlan:
         integers = {(value.module, value.name, value.path): value for value in (*self.integers, *following.integers)}
         return PrunePlan(tuple(groups), tuple(integers.values()))
 
+    def carry_out(self, model: nn.Module, *, inplace: bool = False, empty: bool = False) -> nn.Module:
+        """See :meth:`compress.plans.Plan.carry_out`; nothing new is made, so that ``empty`` does not matter."""
+        from compress.surgery import cut
+
+        return cut(model, self, inplace=inplace)
+
     def to_json(self) -> str:
         """The plan as a JSON document."""
-        return json.dumps({"version": VERSION, **asdict(self)}, separators=(",", ":"))
+        return json.dumps({"version": VERSION, "kind": self.kind, **asdict(self)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "PrunePlan":

@@ -12,23 +12,20 @@ from torch.optim import Optimizer
 
 from compress.containers import Path, changed, part
 from compress.errors import PruneError
-from compress.factorize.plan import FactorPlan
-from compress.factorize.surgery import insert
 from compress.labels import Array
 from compress.optimizer import Cut, follow
 from compress.plan import PrunePlan, StoredValue
+from compress.plans import Plan
 from compress.sandbox import unwrapped
 
 
-def apply(
-    model: nn.Module, plan: PrunePlan | FactorPlan, *, inplace: bool = False, optimizer: Optimizer | None = None
-) -> nn.Module:
-    """Remove what ``plan`` names, or factorise the layers that it names, in a copy of ``model`` unless ``inplace``.
+def apply(model: nn.Module, plan: Plan, *, inplace: bool = False, optimizer: Optimizer | None = None) -> nn.Module:
+    """Carry out ``plan`` on a copy of ``model`` unless ``inplace``: remove what it names, factorise layers, or both.
 
     Args:
         model: the model that the plan was made for, or another instance of its class; wrappers of ``torch.compile`` and
             of data-parallel training are taken off.
-        plan: from :func:`compress.prune` or :func:`compress.factorize`, or read from JSON. Layers are factorised by
+        plan: of any result, as of :func:`compress.prune`, or read from JSON. Layers are factorised by
             their own weights alone, as a plan holds no weights.
         inplace: prune ``model`` itself. Its parameters become new objects.
         optimizer: that of ``model``: it is changed to train the pruned model, with its momenta and averages cut alike.
@@ -37,18 +34,21 @@ def apply(
         PruneError: a parameter of the plan is missing or has another size, or the optimizer cannot follow; model and
             optimizer are as before.
     """
+    if isinstance(plan, PrunePlan):
+        return cut(model, plan, inplace=inplace, optimizer=optimizer)
+    if optimizer is not None:
+        raise PruneError("an optimizer can follow pruning alone: make a new one for the new parameters")
+    return plan.carry_out(model, inplace=inplace)
+
+
+def cut(model: nn.Module, plan: PrunePlan, *, inplace: bool = False, optimizer: Optimizer | None = None) -> nn.Module:
+    """:func:`apply` for a pruning plan."""
     model = unwrapped(model)
-    if isinstance(plan, FactorPlan):
-        if optimizer is not None:
-            raise PruneError("an optimizer cannot follow a factorisation: make a new one for the new parameters")
-        model = model if inplace else copied(model)
-        insert(model, plan)
-        return model
     tensors = _checked_tensors(model, plan)
     removed = _cuts(plan)
     sliced = {name: _without(tensors[name], cuts) for name, cuts in removed.items()}
     if optimizer is not None and not inplace:
-        pruned = apply(model, plan)
+        pruned = cut(model, plan)
         move_optimizer(optimizer, model, pruned, plan)
         return pruned
     if inplace:
@@ -75,7 +75,12 @@ def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
     The consumers' slices of the removed channels are zero. For an exact plan the copy computes what the pruned model
     computes; else (``plan.exact`` is False) statistics taken over the channels still see the removed ones.
+
+    Raises:
+        PruneError: the plan does not fit, or does more than prune: such a model has no twin of full size.
     """
+    if not isinstance(plan, PrunePlan):
+        raise PruneError(f"only pruning can be masked, not a {type(plan).__name__}: compress.apply gives its model")
     _checked_tensors(unwrapped(model), plan)
     twin = copied(unwrapped(model))
     _silence(_checked_tensors(twin, plan), plan)

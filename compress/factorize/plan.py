@@ -3,11 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from torch import nn
 
 from compress.errors import PruneError
+from compress.plans import plan_kind
+from compress.sandbox import unwrapped
 
 VERSION = 1
-KIND = "factorize"
 LAST = {"linear": "expand", "tucker2": "expand", "spatial": "second"}  # the child that gives the layer's outputs
 
 
@@ -33,6 +37,7 @@ class Factor:
         return "core" if self.kind == "tucker2" and self.ranks[1] is None else LAST[self.kind]
 
 
+@plan_kind
 @dataclass(frozen=True)
 class FactorPlan:
     """Everything that surgery needs; names are those of the dense model.
@@ -41,6 +46,7 @@ class FactorPlan:
     True
     """
 
+    kind: ClassVar[str] = "factorize"
     factors: tuple[Factor, ...] = ()
 
     @property
@@ -48,9 +54,18 @@ class FactorPlan:
         """Weights of the new model that give the outputs of a weight of the dense one, by name."""
         return {f"{f.module}.{f.last}.weight": f"{f.module}.weight" for f in self.factors}
 
+    def carry_out(self, model: nn.Module, *, inplace: bool = False, empty: bool = False) -> nn.Module:
+        """See :meth:`compress.plans.Plan.carry_out`: layers are factorised by their own weights alone."""
+        from compress.factorize.surgery import insert
+        from compress.surgery import copied
+
+        made = unwrapped(model) if inplace else copied(unwrapped(model))
+        insert(made, self, empty=empty)
+        return made
+
     def to_json(self) -> str:
         """The plan as a JSON document."""
-        return json.dumps({"version": VERSION, "kind": KIND, **asdict(self)}, separators=(",", ":"))
+        return json.dumps({"version": VERSION, "kind": self.kind, **asdict(self)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "FactorPlan":
@@ -61,7 +76,7 @@ class FactorPlan:
         """
         try:
             data = json.loads(text)
-            if data["kind"] != KIND:
+            if data["kind"] != cls.kind:
                 raise PruneError(f"not a factorisation plan but {data['kind']!r}: pass what FactorPlan.to_json() gave")
             if data["version"] != VERSION:
                 raise PruneError(
@@ -74,14 +89,6 @@ class FactorPlan:
             raise PruneError(
                 f"not a factorisation plan ({type(error).__name__}: {error}): pass what to_json() gave"
             ) from error
-
-
-def is_factor_plan(text: str) -> bool:
-    """Whether a JSON document says that it is a factorisation plan."""
-    try:
-        return bool(json.loads(text).get("kind") == KIND)
-    except (ValueError, AttributeError):
-        return False
 
 
 def _factor_from(data: Mapping[str, object]) -> Factor:

@@ -127,7 +127,7 @@ def test_a_foreign_file(tmp_path) -> None:
     [
         ({"version": "99"}, "has format version 99, not 1"),
         ({"plan": "{}"}, "not a pruning plan"),
-        ({"plan": "no json"}, "not a pruning plan"),
+        ({"plan": "no json"}, "not a plan"),
         ({"aliases": "no json"}, "names its shared tensors"),
         ({"aliases": "[1]"}, "names its shared tensors"),
     ],
