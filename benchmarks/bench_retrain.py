@@ -4,9 +4,10 @@ Claim: ResNet-20 (91.73 % on CIFAR-10) at 2.0 x fewer MACs after 10 epochs in al
 the best of Torch-Pruning. Neither the checkpoint nor the images are part of prunus: name them by flags.
 
 Ours: all channels go at once by ``reconstruction`` with recovery, since a repaired model needs no rounds; every epoch
-then goes into one cosine, with the dense model as a teacher. The peer prunes in steps of MACs with an epoch of training
-after each, and has what is left of the epochs after the last. Batches, augmentation, optimiser, learning rate and
-schedule are the same for all. ``METHOD+distill`` gives the peer our teacher too: what the pruning alone is worth.
+then goes into one cosine, with the dense model as a teacher of the outputs and of the channels between the stages. The
+peer prunes in steps of MACs with an epoch of training after each, and has what is left of the epochs after the last.
+Batches, augmentation, optimiser, learning rate and schedule are the same for all. ``METHOD+distill`` gives the peer our
+teacher of the outputs too: what the pruning alone is worth.
 
 The accuracy is that of the last epoch on the test images, which are read once, at the end. Choices were made with
 ``--validation``, which holds images out of the training part and never reads the test images.
@@ -45,7 +46,8 @@ EVALUATION_BATCH_SIZE = 500
 RESULT = "result.json"
 DRY_BATCHES = 3  # of a dry run: enough to go through every line
 DEFAULTS: dict[str, Any] = {
-    "epochs": 10, "lr": 0.02, "distill": 0.9, "temperature": 4.0, "weight_decay": 5e-4, "peer_rounds": 5,
+    "epochs": 10, "lr": 0.02, "distill": 0.9, "temperature": 4.0, "feature_weight": 1.0, "weight_decay": 5e-4,
+    "peer_rounds": 5,
     "methods": ["ours", *IMPORTANCES], "seeds": [0, 1, 2],
 }  # fmt: skip
 
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None, file: str = __file__, defaults: Mapp
     flags.add_argument("--weight-decay", type=float)
     flags.add_argument("--distill", type=float, help="part of the loss that the dense model's outputs have")
     flags.add_argument("--temperature", type=float, help="of the distillation")
+    flags.add_argument("--feature-weight", type=float, help="of the stages' outputs in the distillation; 0: none")
     flags.add_argument("--ema-decay", type=float, help="average of the weights, for all methods")
     flags.add_argument("--peer-rounds", type=int, help="steps in which the peer prunes")
     flags.add_argument("--validation", type=float, default=0.0, help="measure on this part of the training images")
@@ -141,12 +144,13 @@ class Run:
 
     def _ours(self) -> nn.Module:
         batches = [images for images, _ in self._images(self.config.images)]
-        pruned = compress.prune(
+        result = compress.prune(
             self.dense, self._example(), budget=compress.Budget(macs=self.fraction), criterion="reconstruction",
             recover=True, calibration=batches, seed=self.seed,
-        ).model  # fmt: skip
-        self._train(pruned, 0, self.config.epochs, distilled=True)
-        return pruned
+        )  # fmt: skip
+        teacher = self._teacher(_stages(self.dense, result.plan) if self.config.feature_weight else {})
+        self._train(result.model, 0, self.config.epochs, teacher)
+        return result.model
 
     def _peers(self, importance: str, *, distilled: bool) -> nn.Module:
         import torch_pruning
@@ -162,7 +166,7 @@ class Run:
             target = 1 - (1 - self.fraction) * (index + 1) / rounds
             pruned = prune_to_macs(pruned, self._example(), scores, target * macs)
             epochs = 1 if index + 1 < rounds else self.config.epochs - rounds + 1
-            self._train(pruned, index, epochs, distilled=distilled)
+            self._train(pruned, index, epochs, self._teacher({}) if distilled else None)
         return pruned
 
     def _accumulate_gradients(self, model: nn.Module) -> None:
@@ -170,7 +174,13 @@ class Run:
         for images, labels in self._images(GRADIENT_IMAGES):
             TASK.loss(model.eval()(images), labels).backward()
 
-    def _train(self, model: nn.Module, index: int, epochs: int, *, distilled: bool) -> None:
+    def _teacher(self, features: Mapping[str, Sequence[int] | None]) -> Distillation:
+        return Distillation(
+            teacher=self.dense, weight=self.config.distill, temperature=self.config.temperature, features=features,
+            feature_weight=self.config.feature_weight,
+        )  # fmt: skip
+
+    def _train(self, model: nn.Module, index: int, epochs: int, teacher: Distillation | None) -> None:
         config = self.config
         limit = DRY_BATCHES * config.batch_size if config.dry_run else None
         loader = self.data.loader("train", batch_size=config.batch_size, seed=self.seed, limit=limit)
@@ -178,9 +188,8 @@ class Run:
             lr=config.lr, weight_decay=config.weight_decay, ema_decay=config.ema_decay, device=config.device,
             seed=1000 * self.seed + index,
         )  # fmt: skip
-        teacher = Distillation(teacher=self.dense, weight=config.distill, temperature=config.temperature)
         fit(
-            model, TASK, loader, epochs=epochs, options=options, distillation=teacher if distilled else None,
+            model, TASK, loader, epochs=epochs, options=options, distillation=teacher,
             folder=self.folder / f"round{index}",
         )  # fmt: skip
         model.eval()
@@ -195,6 +204,14 @@ class Run:
 
     def _example(self) -> torch.Tensor:
         return torch.zeros(1, *self.data.image_shape, device=next(self.dense.parameters()).device)
+
+
+def _stages(dense: nn.Module, plan: compress.PrunePlan) -> dict[str, Sequence[int] | None]:
+    """The stages of a network, and which of the dense one's channels come out of them."""
+    stages = {name: child for name, child in dense.named_children() if isinstance(child, nn.Sequential)}
+    # what writes a stage's output last is its last norm
+    last = {name: [f"{name}.{inner}" for inner, _ in stage.named_parameters()] for name, stage in stages.items()}
+    return {name: plan.kept(parameters[-1]) for name, parameters in last.items() if parameters}
 
 
 def _accuracy(model: nn.Module, data: ImageData, config: Any) -> float:
