@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.weak import TensorWeakRef
 
-from layers.recipes import Recipe, recipe_of
+from layers.recipes import Recipe, joined, recipe_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -164,9 +164,11 @@ class _Again:
         value = self._value
         if value is None:
             first = self._inputs[0]
-            own = isinstance(first, _Again) and first.readers == 1 and not first._step.is_view  # nobody else sees it
-            function = self._step.in_place if own and self._step.in_place is not None else self._step.function
-            value = self._value = function(*_mapped(_value, self._inputs), **self._step.kwargs)
+            inputs, function = self._inputs, self._step.function
+            if isinstance(first, _Again) and first.readers == 1 and not first._step.is_view:  # nobody else sees it
+                both = joined(first._step, self._step)
+                inputs, function = (first._inputs, both) if both is not None else (inputs, self._step.in_place or function)
+            value = self._value = function(*_mapped(_value, inputs), **self._step.kwargs)
             self._waiting = self.readers
         self._waiting -= 1
         if self._waiting <= 0:

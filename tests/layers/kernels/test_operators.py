@@ -161,6 +161,7 @@ def test_triton_kernels_under_the_interpreter() -> None:
 def main() -> None:
     """Few cases: one program of a kernel takes the interpreter milliseconds."""
     from layers.kernels.dispatch import uses_triton
+    from tests.layers.kernels.test_blocks import CHECKS
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -184,6 +185,8 @@ def main() -> None:
     ]
     for case, *arguments in chosen:
         case(*arguments)
+    for check_all in CHECKS:
+        check_all()
     sys.stdout.write(f"{len(chosen)} cases agree\n")
 
 
