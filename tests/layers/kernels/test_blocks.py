@@ -19,7 +19,7 @@ from layers.kernels import conv_bn_act
 from layers.kernels.conv_bn_act import NormArguments, activation_name, batch_norm_act
 from layers.models.resnet_cifar import BasicBlock
 
-TOLERANCE = 2e-5  # of the norm of a tensor in float32
+TOLERANCE = 1e-4  # of the norm of a tensor in float32, through several batch norms
 
 
 def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -71,6 +71,8 @@ class Spellings(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(8))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, 0.2, 1)  # at 0 and 1, some gradients are rounding errors alone
         self.relu6 = nn.ReLU6(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,8 +83,8 @@ class Spellings(nn.Module):
         e = self.norms[4](d)
         e = F.relu(e) + e  # read twice
         f = self.norms[5](e) + self.norms[5].weight.view(-1, 1, 1)  # broadcast
-        g = self.norms[6](f)
-        return self.norms[7](torch.relu(g) + f)
+        g = self.norms[6](f * f)
+        return self.norms[7](torch.relu(g) * f)  # nothing follows
 
 
 def small_resnet() -> nn.Module:
