@@ -7,7 +7,8 @@ every operator that runs is seen below autograd, so it is known how each tensor 
 did; and where autograd asks to keep a tensor that follows from kept ones by cheap steps, it gets the steps instead.
 
 The forward pass is untouched, hence bitwise equal, running statistics included; and gradients come from autograd's own
-formulas, on tensors computed a second time. Nothing random and no reduction is repeated: batch norm is recomputed with
+formulas, on tensors computed a second time, or for batch norm of a 1 x 1 convolution that widens, on CPUs, from a formula
+that needs less (`layers.pointwise_norm`). Nothing random and no reduction is repeated: batch norm is recomputed with
 the statistics that its forward pass found. This is the selective recomputation of Chen, Xu, Zhang, Guestrin: Training
 Deep Nets with Sublinear Memory Cost (2016), section 4, decided tensor by tensor as the forward pass goes.
 """
@@ -27,6 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.weak import TensorWeakRef
 
+from layers.pointwise_norm import PointwiseNorms
 from layers.recipes import Recipe, joined, recipe_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -110,7 +112,7 @@ def recompute_cheap() -> Iterator[None]:
         yield
         return
     history = _History(hooks)
-    with torch.autograd.graph.saved_tensors_hooks(history.pack, _unpack), history:
+    with torch.autograd.graph.saved_tensors_hooks(history.pack, _unpack), history, PointwiseNorms():
         yield
 
 

@@ -121,7 +121,7 @@ def _activation(node: fx.Node) -> str:
 def _overwritten(node: Any, first: fx.Node, last: fx.Node) -> bool:
     """Whether anything writes into `node` between the two, which what is computed later would see."""
     users = node.users if isinstance(node, fx.Node) else ()
-    return any(_in_place(user) and first < user < last for user in users)
+    return any(_in_place(user) and user.args[:1] == (node,) and first < user < last for user in users)
 
 
 def _in_place(node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from layers.kernels import conv_bn_act
 from layers.kernels.conv_bn_act import NormArguments, activation_name, batch_norm_act
 from layers.models.resnet_cifar import BasicBlock
 
-TOLERANCE = 1e-4  # of the norm of a tensor in float32, through several batch norms
+TOLERANCE = 1e-4  # of the norm of a tensor in float32
 
 
 def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -31,10 +31,17 @@ def trained(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
 
 
-def assert_near(actual: list[Tensor], expected: list[Tensor]) -> None:
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        error = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-3)
-        assert error < TOLERANCE, (i, tuple(b.shape), float(error))
+def errors(actual: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Of each tensor, relative to its norm."""
+    pairs = zip(actual, expected, strict=True)
+    return [float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-3)) for a, b in pairs]
+
+
+def assert_near(model: nn.Module, plain: nn.Module, x: Tensor) -> None:
+    """To `plain` in float64, where `plain` in float32 is: sums that cancel are exact in neither."""
+    expected, rounded = (trained(copy.deepcopy(plain).to(dtype), x.to(dtype)) for dtype in (torch.float64, torch.float32))
+    found, usual = errors(trained(model, x), expected), errors(rounded, expected)
+    assert all(error <= max(TOLERANCE, 10 * other) for error, other in zip(found, usual, strict=True)), (found, usual)
 
 
 @contextmanager
@@ -106,9 +113,10 @@ def check_blocks() -> None:
     ]
     for block, count in cases:
         x = image(2, 4, 6, 5)
-        expected = trained(copy.deepcopy(block).double(), x.double())
+        expected = trained(copy.deepcopy(block).double(), x.double())  # for which there are no kernels
         with counted_calls() as counts:
-            assert_near(trained(block, x), expected)
+            found = errors(trained(block, x), expected)
+        assert max(found) < TOLERANCE, found
         assert (counts["forward"], counts["backward"]) == (count, count), counts
     handle = residual.body[1].norm.register_forward_hook(lambda *_: None)
     with counted_calls() as counts:
@@ -121,14 +129,12 @@ def check_models() -> None:
     """optimize_for_training and memory_efficient on models that know nothing of `layers`."""
     for build, shape, count in ((Spellings, (2, 4, 5, 3), 5), (small_resnet, (2, 3, 33, 33), 9)):
         model, x = build(), image(*shape)
+        optimised = layers.optimize_for_training(copy.deepcopy(model))
         with counted_calls() as counts:
-            expected = trained(copy.deepcopy(model).double(), x.double())
-            assert not counts["forward"]
-            optimised = layers.optimize_for_training(copy.deepcopy(model))
-            assert_near(trained(optimised, x), expected)
+            assert_near(optimised, model, x)
         assert (counts["forward"], counts["backward"]) == (count, count), counts
     with counted_calls() as counts:
-        assert_near(trained(layers.memory_efficient(model), x), expected)
+        assert_near(layers.memory_efficient(copy.deepcopy(model)), model, x)
     assert counts["apply"] >= 5, counts  # norms are computed again, with their activation
 
 
@@ -172,4 +178,5 @@ def test_blocks_can_be_traced_symbolically() -> None:
 def test_without_kernels_calls_stay() -> None:
     model, x = Spellings(), torch.randn(2, 4, 5, 3)
     expected = trained(copy.deepcopy(model), x)
-    assert_near(trained(layers.optimize_for_training(model), x), expected)
+    for actual, wanted in zip(trained(layers.optimize_for_training(model), x), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
