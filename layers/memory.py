@@ -7,8 +7,8 @@ every operator that runs is seen below autograd, so it is known how each tensor 
 did; and where autograd asks to keep a tensor that follows from kept ones by cheap steps, it gets the steps instead.
 
 The forward pass is untouched, hence bitwise equal, running statistics included; and gradients come from autograd's own
-formulas, on tensors computed a second time, or for batch norm of a 1 x 1 convolution that widens, on CPUs, from a formula
-that needs less (`layers.pointwise_norm`). Nothing random and no reduction is repeated: batch norm is recomputed with
+formulas, on tensors computed a second time, or for batch norm of a 1 x 1 convolution that widens, on CPUs, from a
+formula that needs less (`layers.pointwise_norm`). Nothing random and no reduction is repeated: batch norm is recomputed with
 the statistics that its forward pass found. This is the selective recomputation of Chen, Xu, Zhang, Guestrin: Training
 Deep Nets with Sublinear Memory Cost (2016), section 4, decided tensor by tensor as the forward pass goes.
 """
@@ -169,7 +169,9 @@ class _Again:
             inputs, function = self._inputs, self._step.function
             if isinstance(first, _Again) and first.readers == 1 and not first._step.is_view:  # nobody else sees it
                 both = joined(first._step, self._step)
-                inputs, function = (first._inputs, both) if both is not None else (inputs, self._step.in_place or function)
+                inputs, function = (
+                    (first._inputs, both) if both is not None else (inputs, self._step.in_place or function)
+                )
             value = self._value = function(*_mapped(_value, inputs), **self._step.kwargs)
             self._waiting = self.readers
         self._waiting -= 1

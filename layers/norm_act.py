@@ -1,4 +1,4 @@
-"""Batch norm with the residual and the activation that follow it, as blocks call it: one operator where that is faster."""
+"""Batch norm with the residual and the activation that follow it, as blocks call it: one operator where that wins."""
 
 from torch import Tensor, nn
 
@@ -37,4 +37,3 @@ def has_hooks(module: nn.Module) -> bool:
     return "forward" in vars(module) or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-

@@ -1,21 +1,21 @@
-"""Batch norm of a 1 x 1 convolution, whose backward pass needs neither the convolution's output nor what follows from it.
+"""Batch norm of a 1 x 1 convolution, whose backward pass does not need the convolution's output.
 
-For y = W r (at every pixel) and z = weight (y - m) / s + bias, with the batch's mean m and s = sqrt(variance + eps): the
-mean of y is W times the mean of r, so y - m = W (r - mean(r)), and what batch norm's gradient takes from y are products
+For y = W r (at every pixel) and z = weight (y - m) / s + bias, with the batch's mean m and s = sqrt(variance + eps),
+the mean of y is W times the mean of r, so y - m = W (r - mean(r)), and what batch norm's gradient takes from y are products
 with W of sums over pixels of r alone:
 
     G = sum dz r^T                    (out, in), as the convolution's weight gradient takes it anyway
     C = sum (r - mean(r)) (r - mean(r))^T                      (in, in)
     dweight = 1/s sum_j W_j (G - dbias mean(r)^T)_j            dbias = sum dz
     dW = weight/s (G - dbias mean(r)^T - 1/(M s) dweight (W C))
-    dr = (weight/s W)^T dz - A (r - mean(r)) - const           A = (weight dweight / (M s^2) W)^T W,  const = (weight/s W)^T dbias/M
+    dr = (weight/s W)^T dz - A (r - mean(r)) - (weight/s W)^T dbias / M   with A = (weight dweight / (M s^2) W)^T W
 
 with M pixels. Where the convolution widens by k, this is 2 / k of the convolution's multiplications in the place of
 computing it again (with four times the channels, half), and dz is read by matrix products alone: the passes of batch
-norm's own backward over y and dz, of which the wide side makes the largest tensors of a bottleneck block, are gone.
+norm's own backward over y and dz, the largest tensors of a bottleneck block, are gone.
 
-The recomputing of Gomez, Ren, Urtasun, Grosse: The Reversible Residual Network (2017), and of Bulo, Porzi, Kontschieder:
-In-Place Activated BatchNorm (2018), section 3, save the same bytes by running layers again or inverting them.
+Bulo, Porzi, Kontschieder: In-Place Activated BatchNorm (2018), section 3, save the same bytes by inverting layers; that
+the gradient of batch norm is an affine function of dz and y, which is used here, is in Ioffe and Szegedy (2015).
 """
 
 import inspect
@@ -97,7 +97,7 @@ class PointwiseNorm(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, kernel: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
     ) -> Tensor:
         running_mean, running_var, momentum, eps = options
-        z, mean, inverse_std = aten.native_batch_norm(y, weight, bias, running_mean, running_var, True, momentum, eps)
+        z, _, inverse_std = aten.native_batch_norm(y, weight, bias, running_mean, running_var, True, momentum, eps)
         ctx.eps, ctx.has_bias = eps, bias is not None
         ctx.save_for_backward(x, kernel, weight, inverse_std)
         return z
@@ -117,7 +117,7 @@ def _backward(
     dz: Tensor, x: Tensor, kernel: Tensor, weight: Tensor | None, inverse_std: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, kernel, weight and bias; sums and small matrices in float32 or better."""
-    count, (outer, inner) = x.numel() // x.shape[1], kernel.shape[:2]
+    count, inner = x.numel() // x.shape[1], kernel.shape[1]
     dtype = torch.promote_types(torch.float32, inverse_std.dtype)
     inverse_std = inverse_std.to(dtype)
     scale = inverse_std if weight is None else inverse_std * weight.to(dtype)
@@ -137,9 +137,7 @@ def _backward(
     return dx.add_(correction), dkernel.to(kernel.dtype).view_as(kernel), dweight, dbias
 
 
-def _convolution_backward(
-    dy: Tensor, x: Tensor, kernel: Tensor, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _convolution_backward(dy: Tensor, x: Tensor, kernel: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     found: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(
         dy, x, kernel, [kernel.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, wanted
     )

@@ -60,8 +60,9 @@ class Residual(nn.Module):
 def _last_block(body: nn.Module) -> ConvBNAct | None:
     """The block at the end of the body whose batch norm adds the shortcut; None where there is none, or it is seen."""
     last = body[-1] if type(body) is nn.Sequential and len(body) and not has_hooks(body) else body
-    plain = type(last) is ConvBNAct and last.activation is None and not has_hooks(last)
-    return last if plain else None
+    if not isinstance(last, ConvBNAct) or type(last) is not ConvBNAct:  # a subclass may do anything
+        return None
+    return last if last.activation is None and not has_hooks(last) else None
 
 
 def projection(in_channels: int, out_channels: int, *, stride: int = 1) -> ConvBNAct:

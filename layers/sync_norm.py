@@ -16,9 +16,9 @@ Model = TypeVar("Model", bound=nn.Module)
 class SyncBatchNorm(_BatchNorm):
     """Batch norm over the batches of all ranks of a process group: as if one process had all their samples.
 
-    (batch, num_features, *) in and out, any number of further axes; the batches of the ranks may differ in size. Arguments
-    of `torch.nn.BatchNorm2d`, and `process_group`, None for all ranks. Outside of `torch.distributed`, and in evaluation
-    mode, it is plain batch norm. Gradients of weight and bias are those of the rank's own samples, for
+    (batch, num_features, *) in and out, any number of further axes; the batches of the ranks may differ in size.
+    Arguments of `torch.nn.BatchNorm2d`, and `process_group`, None for all ranks. Outside of `torch.distributed`, and in
+    evaluation mode, it is plain batch norm. Gradients of weight and bias are those of the rank's own samples, for
     `DistributedDataParallel` to average. `torch.nn.SyncBatchNorm` does this on CUDA alone; here any backend of
     `torch.distributed` will do, such as gloo on CPUs. Source: Peng et al.: MegDet (2018), section 3.2.
 
@@ -47,8 +47,8 @@ class SyncBatchNorm(_BatchNorm):
     def convert(model: Model, process_group: dist.ProcessGroup | None = None) -> Model | nn.Module:
         """Put a `SyncBatchNorm` in the place of every batch norm of `model`, in place; returns the model.
 
-        Norms keep their parameters and buffers, so that optimisers and checkpoints go on. A model that is itself a batch
-        norm is not changed, but what takes its place is returned.
+        Norms keep their parameters and buffers, so that optimisers and checkpoints go on. For a model that is itself a
+        batch norm, what takes its place is returned.
 
         >>> SyncBatchNorm.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
         SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
@@ -106,6 +106,8 @@ def training_arguments(norm: _BatchNorm, group: dist.ProcessGroup | None = None)
 
 
 def _converted(norm: _BatchNorm, process_group: dist.ProcessGroup | None) -> SyncBatchNorm:
-    made = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, process_group)
+    made = SyncBatchNorm(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, process_group
+    )
     made._parameters, made._buffers, made.training = norm._parameters, norm._buffers, norm.training
     return made

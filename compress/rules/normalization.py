@@ -35,7 +35,7 @@ def batch_norm(labels: Labels, op: Op) -> None:
 
 @rule("prunus::bn_act")
 def fused_batch_norm(labels: Labels, op: Op) -> None:
-    """activation(batch_norm(x) + residual) of `layers.kernels.bn_act`, x (N, C, *), always with the batch's statistics."""
+    """activation(batch_norm(x) + residual) of `layers.kernels`, x (N, C, *), always with the batch's statistics."""
     source, *others = op.tensors
     axes = labels[source]
     if not labels.in_training:

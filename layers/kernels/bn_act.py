@@ -316,8 +316,8 @@ def bn_act(
 
     `x` and `residual` have shape (batch, channels, ...), float32, float64, bfloat16 or float16, contiguous or
     channels-last (anything else is copied); `weight` and `bias` (channels,). `group`: the ranks over whose batches the
-    statistics are taken, on any device; None is this process alone. Differentiable in x, residual, weight and bias, with
-    a group once.
+    statistics are taken, on any device; None is this process alone. Differentiable in x, residual, weight and bias
+    (with a group, once).
 
     Raises ValueError for other shapes, dtypes and activations, and for one value per channel or less.
     """

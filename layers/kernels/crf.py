@@ -2,7 +2,8 @@
 
 With emissions e (n, t, k), transitions A (k, k), scores of first and last tags, and the steps of a sequence that count:
 
-    alpha_1 = start + e_1;  alpha_t[j] = log sum_i exp(alpha_(t-1)[i] + A[i, j]) + e_t[j];  log Z = log sum exp(alpha_T + end)
+    alpha_1 = start + e_1;  alpha_t[j] = log sum_i exp(alpha_(t-1)[i] + A[i, j]) + e_t[j]
+    log Z = log sum exp(alpha_T + end)
 
 The gradient of log Z are the probabilities of tags and of pairs of tags, from the same recursion backwards (Sutton,
 McCallum: An Introduction to Conditional Random Fields, 2012, section 4.1). Where it wins: on CUDA, where the loop over
@@ -86,9 +87,7 @@ def _crf_forward(
 
 
 @_crf_forward.register_fake
-def _(
-    emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, kinds: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
     return emissions.new_empty(emissions.shape[0]), emissions.new_empty(emissions.shape)
 
 

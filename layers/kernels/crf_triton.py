@@ -109,9 +109,7 @@ def tile(num_tags: int) -> dict[str, int]:
     return {"TAGS": tags, "num_warps": max(1, tags * tags // 512)}
 
 
-def forward(
-    emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, kinds: Tensor
-) -> tuple[Tensor, Tensor]:
+def forward(emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
     """As `layers.kernels.crf.forward_reference`."""
     batch, time, tags = emissions.shape
     alphas, log_z = torch.empty_like(emissions), emissions.new_empty(batch)

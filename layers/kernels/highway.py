@@ -1,8 +1,8 @@
 """The gates of a highway block as one operator: y = f(h) sigmoid(t) + x (1 - sigmoid(t)), or + x sigmoid(c).
 
 Srivastava, Greff, Schmidhuber: Highway Networks (2015), equations 2 and 3, after the matrix products or convolutions h,
-t and c of x. Where it wins: on CUDA, where the steps are three to five passes over memory forward and some ten backward,
-and this is one each. There is no operator for the gates of an LSTM: cuDNN runs whole sequences in one call, and
+t and c of x. Where it wins: on CUDA, where the steps are three to five passes over memory forward and some ten
+backward, and this is one each. There is no operator for the gates of an LSTM: cuDNN runs whole sequences in one call, and
 PyTorch's own cells have fused kernels.
 """
 
@@ -73,10 +73,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+    h, t, x, c = ctx.saved_tensors
     backward = backward_reference if torch.is_grad_enabled() else _highway_backward  # for a second derivative
-    dh, dt, dx, dc = backward(dy, *tensors, ctx.activation)
-    return dh, dt, dx, None if tensors[3] is None else dc, None
+    dh, dt, dx, dc = backward(dy, h, t, x, c, ctx.activation)
+    return dh, dt, dx, None if c is None else dc, None
 
 
 _highway.register_autograd(_backward, setup_context=_setup_context)

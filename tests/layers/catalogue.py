@@ -102,5 +102,5 @@ EXAMPLES: dict[str, Example] = {
 }
 # What is no block: functions, data, losses (which stand behind a model, not in it), and the networks of layers.models.
 OTHERS = {"ACTIVATIONS", "BinaryLoss", "ConvStep", "MultiClassLoss", "PoolStep", "RegressionLoss", "fold_batch_norm",
-          "functional", "memory_efficient", "models", "optimize_for_inference", "optimize_for_training", "padding_mask", "projection",
-          "recompute_cheap"}  # fmt: skip
+          "functional", "memory_efficient", "models", "optimize_for_inference", "optimize_for_training", "padding_mask",
+          "projection", "recompute_cheap"}  # fmt: skip

@@ -48,7 +48,9 @@ def test_opcheck(channels_last: bool) -> None:
     for carry in (None, other):
         torch.library.opcheck(operators.highway.default, (x, other, x, carry, "relu"))
         with torch.no_grad():
-            torch.library.opcheck(operators.highway_backward.default, (y, y, y, y, None if carry is None else y, "relu"))
+            torch.library.opcheck(
+                operators.highway_backward.default, (y, y, y, y, None if carry is None else y, "relu")
+            )
 
 
 def test_opcheck_of_crf() -> None:
