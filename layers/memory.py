@@ -8,9 +8,9 @@ did; and where autograd asks to keep a tensor that follows from kept ones by che
 
 The forward pass is untouched, hence bitwise equal, running statistics included; and gradients come from autograd's own
 formulas, on tensors computed a second time, or for batch norm of a 1 x 1 convolution that widens, on CPUs, from a
-formula that needs less (`layers.pointwise_norm`). Nothing random and no reduction is repeated: batch norm is recomputed with
-the statistics that its forward pass found. This is the selective recomputation of Chen, Xu, Zhang, Guestrin: Training
-Deep Nets with Sublinear Memory Cost (2016), section 4, decided tensor by tensor as the forward pass goes.
+formula that needs less (`layers.pointwise_norm`). Nothing random and no reduction is repeated: batch norm is recomputed
+with the statistics that its forward pass found. This is the selective recomputation of Chen, Xu, Zhang, Guestrin:
+Training Deep Nets with Sublinear Memory Cost (2016), section 4, decided tensor by tensor as the forward pass goes.
 """
 
 import functools

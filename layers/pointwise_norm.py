@@ -1,8 +1,8 @@
 """Batch norm of a 1 x 1 convolution, whose backward pass does not need the convolution's output.
 
 For y = W r (at every pixel) and z = weight (y - m) / s + bias, with the batch's mean m and s = sqrt(variance + eps),
-the mean of y is W times the mean of r, so y - m = W (r - mean(r)), and what batch norm's gradient takes from y are products
-with W of sums over pixels of r alone:
+the mean of y is W times the mean of r, so y - m = W (r - mean(r)), and what batch norm's gradient takes from y are
+products with W of sums over pixels of r alone:
 
     G = sum dz r^T                    (out, in), as the convolution's weight gradient takes it anyway
     C = sum (r - mean(r)) (r - mean(r))^T                      (in, in)
@@ -56,14 +56,14 @@ class PointwiseNorms(TorchFunctionMode):
                 self._output, self._version, self._inputs = weakref.ref(y), y._version, inputs
             return y
         if func is F.batch_norm and self._inputs:
-            y, inputs, self._inputs = self._output(), self._inputs, ()
+            product, inputs, self._inputs = self._output(), self._inputs, ()
             given = _BATCH_NORM.bind(*args, **kwargs)
             given.apply_defaults()
             x, running_mean, running_var, weight, bias, training, momentum, eps = given.arguments.values()
-            if y is x and training and y._version == self._version and torch.is_grad_enabled():
-                F._verify_batch_size(x.size())
+            several = x.numel() > x.shape[1]  # else an error, which is PyTorch's
+            if product is x and training and several and x._version == self._version and torch.is_grad_enabled():
                 options = (weight, bias, running_mean, running_var, momentum, eps)
-                return PointwiseNorm.apply(y.detach(), *inputs, *options)
+                return PointwiseNorm.apply(x.detach(), *inputs, *options)
         return func(*args, **kwargs)
 
 

@@ -40,7 +40,7 @@ class Recipe:
 
 
 # Activations that follow batch norm, by what `layers.kernels.bn_act` calls them.
-_ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu"}
+_ACTIVATIONS: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "silu"}
 
 
 def joined(first: Recipe, then: Recipe) -> Callable[..., Tensor] | None:
@@ -48,11 +48,7 @@ def joined(first: Recipe, then: Recipe) -> Callable[..., Tensor] | None:
     name = _ACTIVATIONS.get(then.function)
     if first.function is not normalise or name is None:
         return None
-    return functools.partial(_normalise_and_activate, activation=name)
-
-
-def _normalise_and_activate(x: Tensor, *arguments: Any, activation: str) -> Tensor:
-    return reapplied(x, *arguments, activation)
+    return lambda *arguments: reapplied(*arguments, name)
 
 
 def recipe_of(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Recipe | None:

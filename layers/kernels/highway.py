@@ -2,8 +2,8 @@
 
 Srivastava, Greff, Schmidhuber: Highway Networks (2015), equations 2 and 3, after the matrix products or convolutions h,
 t and c of x. Where it wins: on CUDA, where the steps are three to five passes over memory forward and some ten
-backward, and this is one each. There is no operator for the gates of an LSTM: cuDNN runs whole sequences in one call, and
-PyTorch's own cells have fused kernels.
+backward, and this is one each. There is no operator for the gates of an LSTM: cuDNN runs whole sequences in one call,
+and PyTorch's own cells have fused kernels.
 """
 
 from typing import Any
