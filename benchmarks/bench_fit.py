@@ -1,8 +1,8 @@
 """How much faster a training step of `mtl.fit` with its defaults is than a plain loop, and whether it learns as much.
 
-Claim: for ResNet-20 at batch 128 on one thread, what `fit` picks by default takes at most 1 / 2.2 of the time of an eager
-loop in float32, with equal accuracy after 5 epochs. The gain of bf16 is that of the CPU's instructions for it, which the
-results name; without them `fit` picks float32.
+Claim: for ResNet-20 at batch 128 on one thread, what `fit` picks by default takes at most 1 / 2.2 of the time of an
+eager loop in float32, with equal accuracy after 5 epochs. The gain of bf16 is that of the CPU's instructions for it,
+which the results name; without them `fit` picks float32.
 
 Steps are whole epochs over the same batches in memory, in CPU seconds of the process, in turns; `fit` pays for its
 start, metrics and history. With --data both train for --epochs, and the accuracies are compared.

@@ -59,6 +59,7 @@ class PointwiseNorms(TorchFunctionMode):
             product, inputs, self._inputs = self._output(), self._inputs, ()
             given = _BATCH_NORM.bind(*args, **kwargs)
             given.apply_defaults()
+            x: Tensor
             x, running_mean, running_var, weight, bias, training, momentum, eps = given.arguments.values()
             several = x.numel() > x.shape[1]  # else an error, which is PyTorch's
             if product is x and training and several and x._version == self._version and torch.is_grad_enabled():

@@ -48,7 +48,7 @@ def joined(first: Recipe, then: Recipe) -> Callable[..., Tensor] | None:
     name = _ACTIVATIONS.get(then.function)
     if first.function is not normalise or name is None:
         return None
-    return lambda *arguments: reapplied(*arguments, name)
+    return lambda x, weight, bias, mean, inverse_std: reapplied(x, weight, bias, mean, inverse_std, name)
 
 
 def recipe_of(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Recipe | None:
