@@ -15,6 +15,8 @@ import torchvision
 from torch import Tensor, fx, nn
 
 import layers
+from layers.inference.fuse import Activation, FusedLayer
+from layers.inference.kernels import Fused, kernels
 from layers.kernels import conv_bn_act
 from layers.kernels.conv_bn_act import NormArguments, activation_name, batch_norm_act
 from layers.models.resnet_cifar import BasicBlock
@@ -140,7 +142,26 @@ def check_models() -> None:
     assert counts["apply"] >= 5, counts  # norms are computed again, with their activation
 
 
-CHECKS = (check_blocks, check_models)
+def check_inference() -> None:
+    """What optimize_for_inference may choose, and times, on CUDA."""
+    conv, options = torch.ops.aten.conv2d.default, ([2, 1], [1, 1], [1, 1], 1)
+    x, weight, bias = image(2, 4, 6, 5), torch.randn(8, 4, 3, 3), torch.randn(8)
+    rows, matrix = torch.randn(5, 4), torch.randn(8, 4)
+    linear = torch.ops.aten.linear.default
+    relu6 = Activation("hardtanh", (0.0, 6.0))
+    for layer, inputs in (
+        (FusedLayer(conv, options, activation=Activation("relu")), (x, weight, bias)),
+        (FusedLayer(conv, options, residual=True, activation=relu6), (x, weight, None, image(2, 8, 3, 5))),
+        (FusedLayer(linear, residual=True), (rows, matrix, bias, torch.randn(5, 8))),
+    ):
+        found = {type(kernel): (kernel, constants) for kernel, constants in kernels(layer, *inputs[:3])}
+        kernel, constants = found[Fused]
+        torch.testing.assert_close(kernel(inputs[0], *constants, *inputs[3:]), layer(*inputs), rtol=1e-4, atol=1e-4)
+    unknown = FusedLayer(conv, options, activation=Activation("hardtanh", (-1.0, 1.0)))
+    assert Fused not in {type(kernel) for kernel, _ in kernels(unknown, x, weight, bias)}
+
+
+CHECKS = (check_blocks, check_models, check_inference)
 
 
 @pytest.mark.parametrize("residual", [False, True])
