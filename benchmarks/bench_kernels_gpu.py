@@ -2,7 +2,8 @@
 
 The bandwidth is measured: a device-to-device copy of the same tensor, bytes read plus bytes written. Forward must move
 x twice, the residual once and y once; backward dy, x and y twice, dx and dz once. The training step is bfloat16,
-channels-last: eager, eager with `layers.memory_efficient`, and `torch.compile`. Medians of CUDA event times.
+channels-last: eager, `layers.memory_efficient`, `layers.optimize_for_training` and `torch.compile`. Medians of
+CUDA event times.
 
     python benchmarks/bench_kernels_gpu.py
     python benchmarks/bench_kernels_gpu.py --dry-run    # tiny, on the CPU: shows that it runs, measures nothing
@@ -20,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.common import parser, skipped, wide_console, write_results
-from layers import memory_efficient
+from layers import memory_efficient, optimize_for_training
 from layers.functional import bn_act
 
 
@@ -80,7 +81,11 @@ def training_steps(batch: int, size: int, device: str, repeats: int, compiled: b
         optimizer.step()
         return value
 
-    ways: dict[str, Callable[[nn.Module], Any]] = {"eager": lambda model: model, "memory_efficient": memory_efficient}
+    ways: dict[str, Callable[[nn.Module], Any]] = {
+        "eager": lambda model: model,
+        "memory_efficient": memory_efficient,
+        "optimize_for_training": optimize_for_training,
+    }
     if compiled:
         ways["compile"] = torch.compile
     result = {}

@@ -65,6 +65,8 @@ from layers.pool import (
 )
 from layers.recurrent import GRU, LSTM, RNN
 from layers.residual import Residual, projection
+from layers.sync_norm import SyncBatchNorm
+from layers.training import optimize_for_training
 
 __all__ = [
     "ACTIVATIONS",
@@ -120,6 +122,7 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "SpatialConv",
+    "SyncBatchNorm",
     "Tanh",
     "Tucker2Conv",
     "fold_batch_norm",
@@ -127,6 +130,7 @@ __all__ = [
     "memory_efficient",
     "models",
     "optimize_for_inference",
+    "optimize_for_training",
     "padding_mask",
     "projection",
     "recompute_cheap",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layers._checks import check_shape, fail, is_symbolic, same_padding
 from layers.activation import activation_module
-from layers.functional import ConvArguments, NormArguments, conv_bn_act
+from layers.norm_act import norm_act
 
 
 class Conv1d(nn.Conv1d):
@@ -246,45 +246,13 @@ class ConvBNAct(nn.Module):
         self.activation = activation_module(self, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, norm = self.conv, self.norm
-        if isinstance(conv, nn.Conv2d):
-            check_shape(self, "x", x, ("batch", conv.in_channels, "height", "width"))
-        # The operator calls no child, so it is neither for one that was replaced (folded, factorised) nor for one whose
-        # calls somebody wants to see: a hook, or torch.fx.
-        unseen = not (has_hooks(conv) or has_hooks(norm) or is_symbolic(x))
-        if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and unseen:
-            return conv_bn_act(x, _conv_arguments(conv), _norm_arguments(norm), self.activation)
-        y = norm(conv(x))
-        return y if self.activation is None else self.activation(y)
+        return norm_act(self.norm, self.convolved(x), activation=self.activation)
 
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches or changes what goes into or comes out of `module`."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _conv_arguments(conv: nn.Conv2d) -> ConvArguments:
-    return ConvArguments(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _norm_arguments(norm: nn.BatchNorm2d) -> NormArguments:
-    """What `norm` would pass on in its present mode; counts the batch in training, as its own forward does."""
-    momentum = norm.momentum
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    return NormArguments(
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        training=norm.training or norm.running_mean is None,
-        momentum=0.0 if momentum is None else momentum,
-        eps=norm.eps,
-    )
+    def convolved(self, x: Tensor) -> Tensor:
+        """What `norm` gets."""
+        if isinstance(self.conv, nn.Conv2d):  # it may have been replaced
+            check_shape(self, "x", x, ("batch", self.conv.in_channels, "height", "width"))
+        return self.conv(x)
 
 
 _AXES = ("depth", "height", "width")

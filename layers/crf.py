@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from layers._checks import check_positive, check_range, check_shape, fail, is_symbolic, readable
+from layers.kernels.crf import MAX_TAGS, crf_log_partition
+from layers.kernels.dispatch import fuses
 
 
 class CRF(nn.Module):
@@ -19,7 +21,8 @@ class CRF(nn.Module):
     skipped wherever they are, as if the sequence did not have them. Called as a module it gives the log-likelihood, so
     that `-crf(emissions, tags, mask).mean()` is the loss.
 
-    The time is O(time num_tags^2), for all sequences of a batch at once, the arithmetic in logarithms. To forbid a
+    The time is O(time num_tags^2), for all sequences of a batch at once, the arithmetic in logarithms; on CUDA
+    log_partition is one kernel. To forbid a
     transition set it to a large negative number such as -1e4 (with -inf, gradients are not finite). Source: Lafferty,
     McCallum, Pereira: Conditional Random Fields (2001); Sutton and McCallum: An Introduction to Conditional Random
     Fields (2012), sections 4.1 and 4.2; in networks: Lample et al.: Neural Architectures for Named Entity Recognition
@@ -71,6 +74,9 @@ class CRF(nn.Module):
     def log_partition(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:
         """log of the sum of exp(s(y)) over all sequences y, (batch,): the forward algorithm."""
         self._check(emissions, mask)
+        if not is_symbolic(emissions) and fuses(emissions) and self.num_tags <= MAX_TAGS:
+            found = crf_log_partition(emissions, self.transitions, self.start, self.end, mask)
+            return found.to(emissions.dtype)
         return (self._alphas(emissions, mask, torch.logsumexp)[-1] + self.end).logsumexp(1)
 
     def marginals(self, emissions: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from layers.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, has_hooks
+from layers.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from layers.norm_act import has_hooks
+from layers.sync_norm import SyncBatchNorm
 
 _DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -23,6 +25,7 @@ _NORM_DIMS = {
     nn.BatchNorm2d: 4,
     nn.BatchNorm3d: 5,
     nn.SyncBatchNorm: None,
+    SyncBatchNorm: None,
     FrozenBatchNorm2d: 4,
 }
 _KINDS = (*_DENSE, *_NORM_DIMS)

@@ -13,6 +13,18 @@ from layers.kernels.bn_act import bn_act
 from layers.kernels.bn_act_conv import bn_act_conv
 from layers.kernels.conv_act import conv_act
 from layers.kernels.conv_bn_act import ConvArguments, NormArguments, conv_bn_act
+from layers.kernels.crf import crf_log_partition
+from layers.kernels.highway import highway_gates
 from layers.kernels.linear_act import linear_act
 
-__all__ = ["ConvArguments", "NormArguments", "bn_act", "bn_act_conv", "conv_act", "conv_bn_act", "linear_act"]
+__all__ = [
+    "ConvArguments",
+    "NormArguments",
+    "bn_act",
+    "bn_act_conv",
+    "conv_act",
+    "conv_bn_act",
+    "crf_log_partition",
+    "highway_gates",
+    "linear_act",
+]

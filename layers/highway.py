@@ -5,8 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from layers._checks import check_choice, check_positive, check_shape, same_padding
+from layers._checks import check_choice, check_positive, check_shape, is_symbolic, same_padding
 from layers.activation import activation_module
+from layers.kernels.conv_bn_act import activation_name
+from layers.kernels.dispatch import fuses
+from layers.kernels.highway import highway_gates
 
 
 class _Highway(nn.Module):
@@ -28,6 +31,10 @@ class _Highway(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.transform(x)
+        name = activation_name(self.activation) if not is_symbolic(x) and fuses(x) else None
+        if name is not None and (h.shape, h.dtype) == (x.shape, x.dtype):
+            carry = None if self.carry_gate is None else self.carry_gate(x)
+            return highway_gates(h, self.transform_gate(x), x, carry, activation=name)
         h = h if self.activation is None else self.activation(h)
         t = self.transform_gate(x).sigmoid()
         if self.carry_gate is None:

@@ -7,9 +7,10 @@ every operator that runs is seen below autograd, so it is known how each tensor 
 did; and where autograd asks to keep a tensor that follows from kept ones by cheap steps, it gets the steps instead.
 
 The forward pass is untouched, hence bitwise equal, running statistics included; and gradients come from autograd's own
-formulas, on tensors computed a second time. Nothing random and no reduction is repeated: batch norm is recomputed with
-the statistics that its forward pass found. This is the selective recomputation of Chen, Xu, Zhang, Guestrin: Training
-Deep Nets with Sublinear Memory Cost (2016), section 4, decided tensor by tensor as the forward pass goes.
+formulas, on tensors computed a second time, or for batch norm of a 1 x 1 convolution that widens, on CPUs, from a
+formula that needs less (`layers.pointwise_norm`). Nothing random and no reduction is repeated: batch norm is recomputed
+with the statistics that its forward pass found. This is the selective recomputation of Chen, Xu, Zhang, Guestrin:
+Training Deep Nets with Sublinear Memory Cost (2016), section 4, decided tensor by tensor as the forward pass goes.
 """
 
 import functools
@@ -27,7 +28,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.weak import TensorWeakRef
 
-from layers.recipes import Recipe, recipe_of
+from layers.pointwise_norm import PointwiseNorms
+from layers.recipes import Recipe, joined, recipe_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -110,7 +112,7 @@ def recompute_cheap() -> Iterator[None]:
         yield
         return
     history = _History(hooks)
-    with torch.autograd.graph.saved_tensors_hooks(history.pack, _unpack), history:
+    with torch.autograd.graph.saved_tensors_hooks(history.pack, _unpack), history, PointwiseNorms():
         yield
 
 
@@ -164,9 +166,13 @@ class _Again:
         value = self._value
         if value is None:
             first = self._inputs[0]
-            own = isinstance(first, _Again) and first.readers == 1 and not first._step.is_view  # nobody else sees it
-            function = self._step.in_place if own and self._step.in_place is not None else self._step.function
-            value = self._value = function(*_mapped(_value, self._inputs), **self._step.kwargs)
+            inputs, function = self._inputs, self._step.function
+            if isinstance(first, _Again) and first.readers == 1 and not first._step.is_view:  # nobody else sees it
+                both = joined(first._step, self._step)
+                inputs, function = (
+                    (first._inputs, both) if both is not None else (inputs, self._step.in_place or function)
+                )
+            value = self._value = function(*_mapped(_value, inputs), **self._step.kwargs)
             self._waiting = self.readers
         self._waiting -= 1
         if self._waiting <= 0:

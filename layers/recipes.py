@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from layers.kernels.bn_act import normalise
+from layers.kernels.bn_act import normalise, reapplied
 
 aten = torch.ops.aten
 
@@ -39,10 +39,25 @@ class Recipe:
         return replace(self, args=())
 
 
+# Activations that follow batch norm, by what `layers.kernels.bn_act` calls them.
+_ACTIVATIONS: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "silu"}
+
+
+def joined(first: Recipe, then: Recipe) -> Callable[..., Tensor] | None:
+    """What computes two steps at once from the arguments of the first: one pass over memory, where a kernel does it."""
+    name = _ACTIVATIONS.get(then.function)
+    if first.function is not normalise or name is None:
+        return None
+    return lambda x, weight, bias, mean, inverse_std: reapplied(x, weight, bias, mean, inverse_std, name)
+
+
 def recipe_of(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Recipe | None:
     """How to compute `result` (its first tensor, if it has several) again at little cost; None where not known."""
     if operator in _BATCH_NORMS:
         return _batch_norm(args, result)
+    if operator is torch.ops.prunus.bn_act.default:
+        x, residual, weight, bias, activation, *_ = args
+        return Recipe(reapplied, (x, weight, bias, result[1], result[2], activation, residual), {})
     if operator is aten.convolution.default:
         return Recipe(operator, args, kwargs, steps=2) if _widens(*args) else None
     function, in_place = _forms(operator)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from layers._checks import check_shape, fail, is_symbolic
 from layers.activation import activation_module
 from layers.conv import ConvBNAct
+from layers.kernels.dispatch import fuses
+from layers.norm_act import has_hooks, norm_act
 
 
 class Residual(nn.Module):
@@ -34,15 +36,33 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_shape(self, "x", x, ("...",))
-        y, kept = self.body(x), self.shortcut(x)
+        last = _last_block(self.body) if not is_symbolic(x) and fuses(x) else None
+        y = self.body(x) if last is None else self._before_norm(x, last)
+        kept = self.shortcut(x)
         if not is_symbolic(y) and not _same(y.shape, kept.shape):
             raise fail(
                 self,
                 f"body and shortcut must give one shape, but give {tuple(y.shape)} and {tuple(kept.shape)} for an x of "
                 f"shape {tuple(x.shape)}; layers.projection(...) makes a shortcut of another shape",
             )
+        if last is not None:
+            return norm_act(last.norm, y, kept, activation=self.activation)
         y = y + kept
         return y if self.activation is None else self.activation(y)
+
+    def _before_norm(self, x: Tensor, last: ConvBNAct) -> Tensor:
+        """What the last block of the body normalises."""
+        for block in list(self.body)[:-1] if isinstance(self.body, nn.Sequential) else ():
+            x = block(x)
+        return last.convolved(x)
+
+
+def _last_block(body: nn.Module) -> ConvBNAct | None:
+    """The block at the end of the body whose batch norm adds the shortcut; None where there is none, or it is seen."""
+    last = body[-1] if type(body) is nn.Sequential and len(body) and not has_hooks(body) else body
+    if not isinstance(last, ConvBNAct) or type(last) is not ConvBNAct:  # a subclass may do anything
+        return None
+    return last if last.activation is None and not has_hooks(last) else None
 
 
 def projection(in_channels: int, out_channels: int, *, stride: int = 1) -> ConvBNAct:

@@ -33,6 +33,24 @@ def batch_norm(labels: Labels, op: Op) -> None:
                    else [labels.fixed(n) for n in statistic.shape])  # fmt: skip
 
 
+@rule("prunus::bn_act")
+def fused_batch_norm(labels: Labels, op: Op) -> None:
+    """activation(batch_norm(x) + residual) of `layers.kernels`, x (N, C, *), always with the batch's statistics."""
+    source, *others = op.tensors
+    axes = labels[source]
+    if not labels.in_training:
+        for axis, labels_of_axis in enumerate(axes):
+            if axis != 1:
+                labels.mix(labels_of_axis, f"operator {op} takes its statistics over the axis")
+    for ref in others:
+        of_channels = len(ref.shape) == 1
+        for mine, its in zip([axes[1]] if of_channels else axes, labels[ref], strict=True):
+            labels.link(mine, its, str(op))
+    labels.set(op.outputs[0], axes)
+    for statistic in op.outputs[1:]:
+        labels.set(statistic, [axes[1]])
+
+
 @rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(labels: Labels, op: Op) -> None:
     """x (*, normalized_shape): statistics over the last axes, so that removing a channel changes the others' values."""

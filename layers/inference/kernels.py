@@ -1,4 +1,4 @@
-"""How PyTorch can compute a fused layer on a CPU: several operators, each the fastest for some shapes.
+"""How PyTorch can compute a fused layer: several operators, each the fastest for some shapes.
 
 Which one is, depends on the machine as much as on the shape. On a Xeon with AVX-512 (one thread, batch 1), oneDNN's
 fused convolution spends 30 us of a call finding its code, and 65 us on 32 channels of 16 x 16 pixels, for which im2col
@@ -16,9 +16,12 @@ from torch import Tensor
 
 from layers.inference.fuse import FusedLayer
 from layers.inference.rewrite import aten
+from layers.kernels import conv_act, linear_act  # noqa: F401 - they register what is called below
+from layers.kernels.dispatch import uses_triton
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 mkldnn = torch.ops.mkldnn
+prunus = torch.ops.prunus
 Constants = tuple[Tensor | None, ...]
 
 
@@ -125,7 +128,37 @@ class Onednn(Kernel):
         return activation.name, list(activation.scalars), activation.algorithm
 
 
-KERNELS: Sequence[type[Kernel]] = (Plain, Im2col, Pointwise, Onednn)
+@dataclass(frozen=True)
+class Fused(Kernel):
+    """The operators of `layers.kernels` where they are in Triton: one kernel, or one pass over memory after cuDNN's."""
+
+    def constants(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Constants | None:
+        if not uses_triton(x) or self._activation() is None:
+            return None
+        if self.layer.layer is aten.linear.default:
+            return (weight.contiguous(), bias) if x.dim() == 2 else None
+        padding = self.layer.options[1] if self.layer.layer is aten.conv2d.default and x.dim() == 4 else "none"
+        return None if isinstance(padding, str) else (channels_last(weight), bias)
+
+    def __call__(self, x: Any, weight: Any, bias: Any, residual: Any = None) -> Any:
+        if self.layer.layer is aten.linear.default:
+            return prunus.linear_act.default(x, weight, bias, residual, self._activation())
+        stride, padding, dilation, groups = self.layer.options
+        geometry = (_per_axis(stride, 2), _per_axis(padding, 2), _per_axis(dilation, 2), groups)
+        return prunus.conv_act.default(x, weight, bias, residual, self._activation(), *geometry)
+
+    def _activation(self) -> str | None:
+        """The operators' name for it, None for one that they do not know."""
+        activation = self.layer.activation
+        known = {"relu": (), "hardtanh": (0.0, 6.0), "swish": ()}
+        if activation is None:
+            return "none"
+        if known.get(activation.name) != activation.scalars:
+            return None
+        return {"hardtanh": "relu6", "swish": "silu"}.get(activation.name, activation.name)
+
+
+KERNELS: Sequence[type[Kernel]] = (Plain, Im2col, Pointwise, Onednn, Fused)
 
 
 def kernels(layer: FusedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Kernel, Constants]]:

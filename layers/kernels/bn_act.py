@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from layers.kernels.dispatch import uses_triton
@@ -41,6 +42,9 @@ def activation_backward(dy: Tensor, z: Tensor, activation: str) -> Tensor:
         return aten.threshold_backward(dy, z, 0.0)
     if activation == "relu6":
         return aten.hardtanh_backward(dy, z, 0.0, 6.0)
+    if activation == "silu" and torch.is_grad_enabled():  # aten's has no derivative
+        gate = z.sigmoid()
+        return dy * gate * (1 + z * (1 - gate))
     return aten.silu_backward(dy, z) if activation == "silu" else dy
 
 
@@ -101,14 +105,22 @@ def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
 
 
 def reapplied(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse_std: Tensor, activation: str
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    activation: str,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """activation(batch_norm(x)) from statistics that are known."""
-    if uses_triton(x):
+    """activation(batch_norm(x) + residual) from statistics that are known."""
+    form = dense_format(x)
+    if uses_triton(x) and all(t is None or t.is_contiguous(memory_format=form) for t in (x, residual)):
         from layers.kernels import bn_act_triton
 
-        return bn_act_triton.apply(x, None, weight, bias, mean, inverse_std, activation)
-    return activate(normalise(x, weight, bias, mean, inverse_std), activation)
+        return bn_act_triton.apply(x, residual, weight, bias, mean, inverse_std, activation)
+    y = normalise(x, weight, bias, mean, inverse_std)
+    return activate(y if residual is None else y.add_(residual), activation)
 
 
 def forward_reference(
@@ -256,7 +268,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, ctx.activation, _, ctx.group = inputs
+    x, residual, weight, bias, ctx.activation, ctx.eps, ctx.group = inputs
     y, mean, inverse_std, _ = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -267,7 +279,14 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     if dy is None:
         return (None,) * 7
     x, y, weight, bias, mean, inverse_std = ctx.saved_tensors
-    dx, dweight, dbias, dz = _bn_act_backward(dy, x, y, weight, bias, mean, inverse_std, ctx.activation, ctx.group)
+    if torch.is_grad_enabled() and not ctx.group:  # for a second derivative
+        z = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps) if y is None else y
+        dz = activation_backward(dy, z, ctx.activation)
+        dx, dweight, dbias = aten.native_batch_norm_backward(
+            dz, x, weight, None, None, mean, inverse_std, True, ctx.eps, [True] * 3
+        )
+    else:
+        dx, dweight, dbias, dz = _bn_act_backward(dy, x, y, weight, bias, mean, inverse_std, ctx.activation, ctx.group)
     dresidual = None if y is None else dy if ctx.activation == "none" else dz
     return dx, dresidual, None if weight is None else dweight, None if bias is None else dbias, None, None, None
 
@@ -297,7 +316,8 @@ def bn_act(
 
     `x` and `residual` have shape (batch, channels, ...), float32, float64, bfloat16 or float16, contiguous or
     channels-last (anything else is copied); `weight` and `bias` (channels,). `group`: the ranks over whose batches the
-    statistics are taken, on any device; None is this process alone. Differentiable once in x, residual, weight, bias.
+    statistics are taken, on any device; None is this process alone. Differentiable in x, residual, weight and bias
+    (with a group, once).
 
     Raises ValueError for other shapes, dtypes and activations, and for one value per channel or less.
     """

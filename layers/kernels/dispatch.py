@@ -20,7 +20,20 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("PRUNUS_KERNELS") == "triton"
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether kernels on tensors like `x` are those in Triton; interpreted ones with PRUNUS_KERNELS=triton."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("PRUNUS_KERNELS") == "triton"
-    return x.dtype in _DTYPES and x.numel() > 0 and (x.is_cuda or interpreted) and has_triton()
+    return (x.is_cuda or _interpreted()) and x.dtype in _DTYPES and x.numel() > 0 and has_triton()
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether layers compute several steps on `x` by one operator of `layers.kernels`.
+
+    Where kernels are in Triton: there the steps are passes over memory, of which one operator saves most. On CPUs
+    PyTorch's operators in turn are as fast, and a compiler fuses the steps itself, with what is around them.
+    """
+    return uses_triton(x) and not torch.compiler.is_compiling()

@@ -7,6 +7,8 @@ modules and parameters are those of github.com/akamaster/pytorch_resnet_cifar10,
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.norm_act import norm_act
+
 
 class ResNetCifar(nn.Module):
     """Three stages of 16, 32 and 64 channels: (batch, 3, 32, 32) -> (batch, num_classes) logits."""
@@ -24,7 +26,7 @@ class ResNetCifar(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = norm_act(self.bn1, self.conv1(x), activation=F.relu)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean(dim=(2, 3)))
 
@@ -62,9 +64,8 @@ class BasicBlock(nn.Module):
         self.shortcut = nn.Identity() if same else PaddedShortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + self.shortcut(x))
+        y = norm_act(self.bn1, self.conv1(x), activation=F.relu)
+        return norm_act(self.bn2, self.conv2(y), self.shortcut(x), activation=F.relu)
 
 
 class PaddedShortcut(nn.Module):

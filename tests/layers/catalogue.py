@@ -96,10 +96,11 @@ EXAMPLES: dict[str, Example] = {
     "Sigmoid": Example(layers.Sigmoid, T1, fixed=False, checked=False),
     "Softmax": Example(lambda: layers.Softmax(2), T1, fixed=False, checked=False),
     "SpatialConv": Example(lambda: layers.SpatialConv(6, 8, (3, 3), 5, padding=1), T2),
+    "SyncBatchNorm": Example(lambda: layers.SyncBatchNorm(6), T2),
     "Tanh": Example(layers.Tanh, T1, fixed=False, checked=False),
     "Tucker2Conv": Example(lambda: layers.Tucker2Conv(6, 8, (3, 3), (5, 6), padding=1), T2),
 }
 # What is no block: functions, data, losses (which stand behind a model, not in it), and the networks of layers.models.
 OTHERS = {"ACTIVATIONS", "BinaryLoss", "ConvStep", "MultiClassLoss", "PoolStep", "RegressionLoss", "fold_batch_norm",
-          "functional", "memory_efficient", "models", "optimize_for_inference", "padding_mask", "projection",
-          "recompute_cheap"}  # fmt: skip
+          "functional", "memory_efficient", "models", "optimize_for_inference", "optimize_for_training", "padding_mask",
+          "projection", "recompute_cheap"}  # fmt: skip

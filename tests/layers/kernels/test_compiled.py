@@ -10,10 +10,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from layers.kernels import bn_act_triton, linear_act_triton  # noqa: E402
+from layers.kernels import bn_act_triton, crf_triton, highway_triton, linear_act_triton  # noqa: E402
 
 FLOAT32 = ("partial", "statistics", "mean", "inverse_std", "weight", "bias", "mean_dz", "mean_dz_xhat")
-SIZES = ("num_rows", "num_channels", "num_columns", "depth", "batch_stride", "row_stride", "channel_stride")
+SIZES = ("num_rows", "num_channels", "num_columns", "depth", "batch_stride", "row_stride", "channel_stride", "size")
 
 
 def compiled(kernel: Any, constants: dict[str, Any], data: str, capability: int, **options: int) -> Any:
@@ -30,6 +30,8 @@ def compiled(kernel: Any, constants: dict[str, Any], data: str, capability: int,
             signature[name] = "*fp32" if norm and name.removesuffix("_ptr") in FLOAT32 else "*" + data
         else:
             signature[name] = "fp32" if name in ("count", "eps") else "i32"
+        if name == "kinds_ptr":
+            signature[name] = "*i8"
         if name.endswith("_ptr") or name in SIZES:
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -103,3 +105,26 @@ def test_finish(capability: int, tmp_path: Path) -> None:
     constants = {"ROWS_PER_PROGRAM": 256, "PROGRAMS": 32, "CHANNELS": 32}
     result = compiled(bn_act_triton.finish_kernel, constants, "fp32", capability)
     assert local_bytes(result.asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.skipif(sys.platform != "linux", reason="ptxas comes with Triton on Linux")
+def test_crf(capability: int, tmp_path: Path) -> None:
+    for kernel in (crf_triton.forward_kernel, crf_triton.backward_kernel):
+        for num_tags in (9, 64):  # the fewest and the most registers
+            constants = crf_triton.tile(num_tags)
+            num_warps = constants.pop("num_warps")
+            result = compiled(kernel, constants, "fp32", capability, num_warps=num_warps)
+            assert local_bytes(result.asm["cubin"], tmp_path) == 0, (kernel, num_tags)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("data", ["bf16", "fp32"])
+@pytest.mark.skipif(sys.platform != "linux", reason="ptxas comes with Triton on Linux")
+def test_highway(capability: int, data: str, tmp_path: Path) -> None:
+    for kernel in (highway_triton.forward_kernel, highway_triton.backward_kernel):
+        constants = {"ACTIVATION": "relu", "BLOCK": highway_triton.BLOCK}
+        result = compiled(kernel, constants, data, capability)
+        accesses = {kind for kind, _ in re.findall(r"(ld|st)\.global(\S*)\.v4\.b32", result.asm["ptx"])}
+        assert accesses == {"ld", "st"}, kernel
+        assert local_bytes(result.asm["cubin"], tmp_path) == 0, kernel

@@ -14,9 +14,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from layers.functional import ConvArguments, bn_act, bn_act_conv, conv_act, linear_act
+import layers
+from layers.functional import (
+    ConvArguments,
+    bn_act,
+    bn_act_conv,
+    conv_act,
+    crf_log_partition,
+    highway_gates,
+    linear_act,
+)
 from layers.kernels.dispatch import has_triton
 
 ACTIVATE = {"none": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
@@ -127,6 +136,41 @@ def conv_act_case(activation: Any, residual: bool, kernel: int, dtype: torch.dty
     check(function, expected, [x, weight, bias, other], differentiable=False)
 
 
+def crf_case(tags: int, masked: bool, dtype: torch.dtype) -> None:
+    """Steps in front, in the middle and at the end may not count, and nothing of them may be seen."""
+    emissions, crf = 2 * data(3, 6, tags, dtype=dtype), layers.CRF(tags).double()
+    mask = torch.tensor([[1] * 6, [0, 1, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0]]).bool() if masked else None
+
+    def expected(emissions: Tensor, transitions: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        parameters = {"transitions": transitions, "start": start, "end": end}
+        return torch.func.functional_call(LogPartition(crf), parameters, (emissions, mask))
+
+    parameters = [data(*p.shape, dtype=dtype) for p in crf.parameters()]
+    check(lambda *args: crf_log_partition(*args, mask), expected, [emissions, *parameters])
+
+
+class LogPartition(nn.Module):
+    """As the layer computes it step by step."""
+
+    def __init__(self, crf: layers.CRF) -> None:
+        super().__init__()
+        self.transitions, self.start, self.end = crf.transitions, crf.start, crf.end
+
+    def forward(self, emissions: Tensor, mask: Tensor | None) -> Tensor:
+        alphas = layers.CRF._alphas(self, emissions, mask, torch.logsumexp)  # type: ignore[arg-type]
+        return (alphas[-1] + self.end).logsumexp(1)
+
+
+def highway_case(activation: Any, free: bool, dtype: torch.dtype, channels_last: bool) -> None:
+    h, t, x, c = (data(2, 5, 7, 3, dtype=dtype, channels_last=channels_last) for _ in range(4))
+
+    def expected(h: Tensor, t: Tensor, x: Tensor, c: Tensor | None) -> Tensor:
+        gate = t.sigmoid()
+        return ACTIVATE[activation](h) * gate + x * (1 - gate if c is None else c.sigmoid())
+
+    check(lambda *args: highway_gates(*args, activation=activation), expected, [h, t, x, c if free else None])
+
+
 def cases(dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...]) -> Iterator[tuple[Any, ...]]:
     """Case and arguments: every activation with and without residual, dtype, layout."""
     for dtype, activation, residual in itertools.product(dtypes, ACTIVATE, (False, True)):
@@ -140,7 +184,11 @@ def cases(dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...]) 
                 yield bn_act_conv_case, activation, dtype, channels_last
             for kernel in (1, 3):
                 yield conv_act_case, activation, residual, kernel, dtype, channels_last
+            yield highway_case, activation, residual, dtype, channels_last
         yield linear_act_case, activation, residual, residual, dtype
+    for dtype in dtypes:
+        for masked in (False, True):
+            yield crf_case, 5, masked, dtype
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -155,12 +203,13 @@ def test_triton_kernels_under_the_interpreter() -> None:
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "14 cases agree" in run.stdout, run.stdout
+    assert "18 cases agree" in run.stdout, run.stdout
 
 
 def main() -> None:
     """Few cases: one program of a kernel takes the interpreter milliseconds."""
     from layers.kernels.dispatch import uses_triton
+    from tests.layers.kernels.test_blocks import CHECKS
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -181,9 +230,15 @@ def main() -> None:
         (conv_act_case, "relu", True, 1, torch.float32, True),
         (conv_act_case, "relu6", True, 3, half, False),
         (conv_act_case, "silu", False, 3, torch.float32, True),
+        (crf_case, 5, True, torch.float32),
+        (crf_case, 17, False, half),
+        (highway_case, "relu", False, torch.float32, True),
+        (highway_case, "silu", True, half, False),
     ]
     for case, *arguments in chosen:
         case(*arguments)
+    for check_all in CHECKS:
+        check_all()
     sys.stdout.write(f"{len(chosen)} cases agree\n")
 
 

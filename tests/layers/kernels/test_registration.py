@@ -10,7 +10,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from layers.functional import ConvArguments, bn_act, bn_act_conv, conv_act, linear_act
+from layers.functional import (
+    ConvArguments,
+    bn_act,
+    bn_act_conv,
+    conv_act,
+    crf_log_partition,
+    highway_gates,
+    linear_act,
+)
 
 
 def tensor(*shape: int, channels_last: bool = False, **options: Any) -> Tensor:
@@ -37,6 +45,23 @@ def test_opcheck(channels_last: bool) -> None:
         torch.library.opcheck(operators.bn_act.default, (x, residual, weight, tensor(4), "relu6", 1e-5, ""))
     torch.library.opcheck(operators.bn_act_conv.default, (x, weight, None, kernel, None, "relu", 1e-5, "", *geometry))
     torch.library.opcheck(operators.linear_act.default, (tensor(5, 3), tensor(4, 3), tensor(4), tensor(5, 4), "relu"))
+    for carry in (None, other):
+        torch.library.opcheck(operators.highway.default, (x, other, x, carry, "relu"))
+        with torch.no_grad():
+            torch.library.opcheck(
+                operators.highway_backward.default, (y, y, y, y, None if carry is None else y, "relu")
+            )
+
+
+def test_opcheck_of_crf() -> None:
+    emissions, transitions, start, end = tensor(2, 4, 3), tensor(3, 3), tensor(3), tensor(3)
+    kinds = torch.tensor([[1, 2, 2, 2], [0, 1, 0, 2]], dtype=torch.int8)
+    operators = torch.ops.prunus
+    torch.library.opcheck(operators.crf_forward.default, (emissions, transitions, start, end, kinds))
+    with torch.no_grad():
+        log_z, alphas = operators.crf_forward(emissions, transitions, start, end, kinds)
+        arguments = (log_z, emissions.detach(), transitions.detach(), end.detach(), kinds, alphas, log_z)
+        torch.library.opcheck(operators.crf_backward.default, arguments)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu"])
@@ -59,9 +84,24 @@ def test_gradcheck(activation: Any) -> None:
         return bn_act(x, residual, weight=weight, bias=bias, activation=activation)[0]
 
     assert torch.autograd.gradcheck(norm, (x, other, weight, bias))
+    assert torch.autograd.gradgradcheck(norm, (x[:2, :, :2], other[:2, :, :2], weight, bias))
+
+    def highway(h: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        return highway_gates(h, t, x, activation=activation) + highway_gates(h, t, x, t, activation=activation)
+
+    blocks = tuple(tensor(2, 3, **double) for _ in range(3))
+    assert torch.autograd.gradcheck(highway, blocks)
+    assert torch.autograd.gradgradcheck(highway, blocks)
     assert torch.autograd.gradcheck(convolution, (x, weight, bias, kernel, shift))
     product = (tensor(5, 3, **double), tensor(4, 3, **double), tensor(4, **double), tensor(5, 4, **double))
     assert torch.autograd.gradcheck(lambda *args: linear_act(*args, activation=activation), product)
+
+
+def test_gradcheck_of_crf() -> None:
+    inputs = [tensor(*shape, dtype=torch.float64) for shape in ((2, 4, 3), (3, 3), (3,), (3,))]
+    mask = torch.tensor([[True, True, False, True], [False, True, True, False]])
+    assert torch.autograd.gradcheck(lambda *args: crf_log_partition(*args, mask), inputs)
+    assert torch.autograd.gradgradcheck(lambda *args: crf_log_partition(*args, mask), inputs)
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -104,6 +144,11 @@ def test_strided_data_is_taken() -> None:
         (lambda x: linear_act(x, torch.ones(2, 3)), r"\(2, 3, 4, 4\).*\(2, 3\)"),
         (lambda x: linear_act(x, torch.ones(2, 4), torch.ones(3)), r"bias.*\(3,\)"),
         (lambda x: linear_act(x, torch.ones(2, 4).half()), "float16"),
+        (lambda x: highway_gates(x, x[:1], x), r"t is.*\(1, 3, 4, 4\).*\(2, 3, 4, 4\)"),
+        (lambda x: highway_gates(x, x, x, activation="tanh"), "'tanh'.*relu6"),
+        (lambda x: crf_log_partition(x, x, x, x), r"emissions.*\(2, 3, 4, 4\)"),
+        (lambda x: crf_log_partition(x[0], x[0, 0], x[0, 0, 0], x[0, 0]), r"end has shape \(4, 4\).*\(4,\)"),
+        (lambda x: crf_log_partition(x[0], x[0, 0], x[0, 0, 0], x[0, 0, 0], x[0, :, :, 0]), "mask is torch.float32"),
     ],
 )
 def test_bad_input(call: Any, message: str) -> None:
