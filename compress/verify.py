@@ -60,6 +60,18 @@ def _agrees_in_double(model: nn.Module, plan: PrunePlan, pruned: nn.Module, inpu
     return [t.shape for t in found] == [t.shape for t in expected] and _close(found, expected, DOUBLE_TOLERANCE)
 
 
+def same_outputs(model: nn.Module, other: nn.Module, example_inputs: ExampleInputs) -> bool:
+    """Whether ``other`` computes what ``model`` does, in float64.
+
+    Raises:
+        Exception: whatever stops one of them from running.
+    """
+    inputs = tree_map_only(Tensor, widened, _lively(example_inputs))
+    with in_double():
+        found, expected = _outputs(other, inputs), _outputs(model, inputs)
+    return [t.shape for t in found] == [t.shape for t in expected] and _close(found, expected, DOUBLE_TOLERANCE)
+
+
 def culprits(parts: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> list[int]:
     """The parts without which the rest holds, found by halving.
 

@@ -17,6 +17,7 @@ LISTS = (
     "--criteria",
     "--ratios",
     "--methods",
+    "--protect",
     "--targets",
     "--features",
     "--classes",

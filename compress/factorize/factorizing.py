@@ -7,22 +7,29 @@ from torch import Tensor, nn
 
 from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration, num_batches_of
-from compress.cost import Cost, cost_of
+from compress.cost import Cost, cost_of, relative_latency
 from compress.errors import BudgetError, PruneError
-from compress.factorize.options import METHODS, Layer, Option, factorable, layers_of
+from compress.factorize.clock import timed, within_latency
+from compress.factorize.options import METHODS, Layer, Option, layers_of, table_layers
 from compress.factorize.plan import Factor, FactorPlan
+from compress.factorize.replaceable import factorable, owner_of
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
 from compress.factorize.surgery import SPLITS, factors_of, insert
+from compress.factorize.tables import TokenCounter, find_tables
+from compress.factorize.vbmf import by_vbmf, vbmf_inner_rank
 from compress.gram import GramCollector, Grams, GramSums
 from compress.names import protected
 from compress.plan import PrunePlan
+from compress.recorder import Op, Trace
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
-from compress.sites import Key, find_sites
+from compress.sites import Key, Site, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
 from compress.watch import gather
+
+GLANCE = 0.2  # seconds in which the latency that no budget asks for is measured
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class FactorResult:
 
     ``left`` says by parameter why a layer cannot be factorised (those that can, and are not, are dense because the
     budget did not need them), ``notes`` what a user should know, ``recovery`` what was won back without training.
+    ``latency`` is measured: seconds of the model on the example inputs as a part of the dense model's.
     """
 
     model: nn.Module
@@ -40,6 +48,7 @@ class FactorResult:
     left: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     recovery: Recovery | None = None
+    latency: float | None = None
 
     def summary(self) -> str:
         """Before and after as a table, with the ranks of each layer."""
@@ -54,7 +63,7 @@ def factorize(
     example_inputs: ExampleInputs,
     *,
     budget: Budget | None = None,
-    energy: float | None = None,
+    energy: float | str | None = None,
     methods: Sequence[str] = METHODS,
     calibration: Calibration | None = None,
     recover: bool | Sequence[str] = True,
@@ -71,10 +80,12 @@ def factorize(
     Args:
         model: any module, in any mode.
         example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        budget: the fraction to keep of macs or params; never exceeded.
-        energy: instead of a budget, the part of the second moment of its outputs that each layer keeps, in (0, 1).
-        methods: some of "tucker2" (1 x 1, k x k, 1 x 1; either 1 x 1 may be left out), "svd" (dense layers and 1 x 1
-            convolutions) and "spatial" (k x 1 and 1 x k, or the other way round).
+        budget: the fraction to keep of macs, params or latency; never exceeded. Latency is measured on this machine,
+            beside the dense model; layers that are faster as they are stay.
+        energy: instead of a budget, the part of the second moment of its outputs that each layer keeps, in (0, 1); or
+            "vbmf" for the ranks that :func:`compress.factorize.vbmf_rank` finds in each weight.
+        methods: some of "tucker2" (1 x 1, k x k, 1 x 1; either 1 x 1 may be left out), "svd" (dense layers, 1 x 1
+            convolutions, embeddings) and "spatial" (k x 1 and 1 x k, or the other way round).
         calibration: batches of inputs, without labels; a DataLoader will do.
         recover: refit the new model from ``calibration``, without training: True, or names from
             :data:`compress.recover.METHODS`.
@@ -83,7 +94,7 @@ def factorize(
 
     Raises:
         TraceError: the model does not run on its example inputs.
-        BudgetError: the budget cannot be reached; says what can. Or it is of latency or channels.
+        BudgetError: the budget cannot be reached; says what can. Or it is of channels.
         CalibrationError: there are no data, or they do not fit.
         PruneError: nothing can be factorised (the reasons are listed), or an option is unknown.
     """
@@ -95,50 +106,82 @@ def factorize(
         raise PruneError("a model on the meta device has no values to factorise: load its weights first")
     trace = record(model, example_inputs, training=False)
     before = cost_of(model, trace)
-    sites, left = factorable(model, trace, find_sites(trace))
-    whole = {name for pattern in protect for name in protected(pattern, trace.parameters)}
-    left |= {site.parameter: "it is protected" for site in sites if site.parameter in whole}
-    sites = [site for site in sites if site.parameter not in left]
-    collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
-    (grams,) = gather(model, trace, calibration, [collector])
-    assert isinstance(grams, Grams)
-    layers, without = layers_of(model, sites, grams.sums, methods)
-    left |= without
+    sites, tables, left = _candidates(model, trace, example_inputs, methods, protect)
+    grams, counts = _gathered(model, trace, calibration, sites, list(tables), seed)
+    layers, without = layers_of(model, sites, grams, methods, vbmf_inner_rank if energy == "vbmf" else None)
+    of_tables, more = table_layers(model, tables, counts)
+    layers, left = [*layers, *of_tables], left | without | more
     if not layers:
         raise PruneError(
             f"nothing can be factorised: {_reasons(left) or 'the model has no convolution or dense layer'}"
         )
-    if budget is not None:
+    latency = None
+    if metric == "latency":
+        assert budget is not None
+        layers = timed(model, layers, {owner_of(site): site for site in sites})
+        left |= {f"{layer.name}.weight": "it is faster as it is" for layer in layers if not layer.options}
+        choice, latency = within_latency(model, example_inputs, layers, budget.fraction)
+    elif budget is not None:
         choice = within_budget(layers, metric, getattr(before, metric), budget.fraction)
     else:
-        assert energy is not None
-        choice = by_energy(layers, energy)
+        choice = by_vbmf(layers) if isinstance(energy, str) else by_energy(layers, energy or 0.0)
     factors, weights = _built(layers, choice, metric)
     plan = FactorPlan(factors)
     made = copied(model)
     insert(made, plan, weights)
     after = cost_of(made, record(made, example_inputs, training=False))
-    recovery, notes = None, [*trace.notes, *_scarce(grams.sums, choice)]
+    if latency is None:
+        latency = relative_latency(made, model, example_inputs, seconds=GLANCE)
+    recovery, notes = None, [*trace.notes, *_scarce(grams, choice)]
     if chosen_recovery and factors:
         recovery = recovered(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
         )
         notes += recovery.notes
-    return FactorResult(made, plan, before, after, left, tuple(notes), recovery)
+    return FactorResult(made, plan, before, after, left, tuple(notes), recovery, latency)
 
 
-def _checked_options(budget: Budget | None, energy: float | None, methods: Sequence[str]) -> str:
+def _checked_options(budget: Budget | None, energy: float | str | None, methods: Sequence[str]) -> str:
     """The budget's metric."""
     for method in methods:
         if method not in METHODS:
             raise PruneError(f"method {method!r} is unknown: choose among {', '.join(METHODS)}")
     if (budget is None) == (energy is None):
         raise BudgetError("factorize takes a budget or an energy: pass budget=Budget(macs=0.5), or energy=0.99")
-    if energy is not None and not 0 < energy < 1:
+    if isinstance(energy, str) and energy != "vbmf":
+        raise BudgetError(f'energy={energy!r} is unknown: pass "vbmf", or a number between 0 and 1')
+    if isinstance(energy, float | int) and not 0 < energy < 1:
         raise BudgetError(f"energy={energy} is the part of each layer's outputs that stays: between 0 and 1")
-    if budget is not None and budget.metric not in ("macs", "params"):
-        raise BudgetError(f"factorize spends macs or params, not {budget.metric}: pass Budget(macs={budget.fraction})")
+    if budget is not None and budget.metric == "channels":
+        raise BudgetError(
+            f"factorize spends macs, params or latency, not channels: pass Budget(macs={budget.fraction})"
+        )
     return "macs" if budget is None else budget.metric
+
+
+def _candidates(
+    model: nn.Module, trace: Trace, example_inputs: ExampleInputs, methods: Sequence[str], protect: Sequence[str]
+) -> tuple[list[Site], dict[str, Op], dict[str, str]]:
+    """The sites and the tables whose layers can be replaced, and by parameter why others cannot."""
+    whole = {name for pattern in protect for name in protected(pattern, trace.parameters)}
+    all_sites = find_sites(trace)
+    sites, left = factorable(model, trace, [site for site in all_sites if site.parameter not in whole], example_inputs)
+    tables, others = find_tables(model, trace)
+    if "svd" not in methods:
+        others |= dict.fromkeys(tables, 'a table is factorised by the method "svd"')
+    left = {name: reason for name, reason in left.items() if name not in tables} | others
+    left |= dict.fromkeys(whole & {*left, *tables, *(site.parameter for site in all_sites)}, "it is protected")
+    return sites, {name: op for name, op in tables.items() if name not in left}, left
+
+
+def _gathered(
+    model: nn.Module, trace: Trace, calibration: Calibration, sites: Sequence[Site], tables: Sequence[str], seed: int
+) -> tuple[Mapping[Key, GramSums], Mapping[str, Tensor]]:
+    """What enters each site, and how often each token is looked up."""
+    collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
+    grams, counts = gather(model, trace, calibration, [collector, lambda: TokenCounter(tables)])
+    assert isinstance(grams, Grams)
+    return grams.sums, counts
 
 
 def _built(
@@ -151,9 +194,7 @@ def _built(
             continue
         found = []
         for option in _orders(layer, choice[layer.name], metric):
-            factor = Factor(
-                layer.name, option.kind, option.ranks, option.first, tuple(layer.problem.weight.shape), option.error
-            )
+            factor = layer.factor(option)
             made, error = factors_of(layer.problem, factor)
             found.append((error, replace(factor, error=error), made))
         _, factor, weights[layer.name] = min(found, key=lambda each: each[0])

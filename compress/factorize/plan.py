@@ -2,22 +2,30 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from compress.errors import PruneError
 
 VERSION = 1
 KIND = "factorize"
-LAST = {"linear": "expand", "tucker2": "expand", "spatial": "second"}  # the child that gives the layer's outputs
+LAST = {
+    "linear": "expand",
+    "embedding": "expand",
+    "tucker2": "expand",
+    "spatial": "second",
+}  # the child that gives the layer's outputs
 
 
 @dataclass(frozen=True)
 class Factor:
     """The layer ``module``, of a weight with this ``shape``, becomes a layer of :mod:`layers.low_rank`.
 
-    ``kind`` is "linear", "tucker2" or "spatial" (``first`` says which kernel comes first); ``ranks`` are those of the
-    inputs' and of the outputs' side for "tucker2" (None: no 1 x 1 convolution there), else one number. ``error`` is
-    what the outputs lose on the calibration data, as a part of the variance of what they are added to.
+    ``kind`` is "linear", "embedding", "tucker2" or "spatial" (``first`` says which kernel comes first); ``ranks`` are
+    those of the inputs' and of the outputs' side for "tucker2" (None: no 1 x 1 convolution there), else one number,
+    each of all groups together. ``error`` is what the outputs lose on the calibration data, as a part of the variance
+    of what they are added to. ``settings`` are what a layer that is none of ``torch.nn`` does not tell: stride,
+    padding, dilation and groups of a convolution, "transposed" of a matrix of shape (inputs, outputs).
     """
 
     module: str
@@ -26,6 +34,7 @@ class Factor:
     first: str
     shape: tuple[int, ...]
     error: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def last(self) -> str:
@@ -45,8 +54,9 @@ class FactorPlan:
 
     @property
     def origins(self) -> dict[str, str]:
-        """Weights of the new model that give the outputs of a weight of the dense one, by name."""
-        return {f"{f.module}.{f.last}.weight": f"{f.module}.weight" for f in self.factors}
+        """Weights of the new model that give the outputs of a weight of the dense one, by name (tables have no inputs
+        to refit them by)."""
+        return {f"{f.module}.{f.last}.weight": f"{f.module}.weight" for f in self.factors if f.kind != "embedding"}
 
     def to_json(self) -> str:
         """The plan as a JSON document."""
@@ -84,7 +94,7 @@ def is_factor_plan(text: str) -> bool:
         return False
 
 
-def _factor_from(data: Mapping[str, object]) -> Factor:
+def _factor_from(data: Mapping[str, Any]) -> Factor:
     kind, ranks, first = data["kind"], data["ranks"], data["first"]
     if kind not in LAST or not isinstance(ranks, list) or len(ranks) != (2 if kind == "tucker2" else 1):
         raise ValueError(f"kind {kind!r} with ranks {ranks!r} is unknown")
@@ -92,5 +102,8 @@ def _factor_from(data: Mapping[str, object]) -> Factor:
         raise ValueError(f"ranks {ranks!r} are not positive numbers")
     if first not in ("", "vertical", "horizontal"):
         raise ValueError(f"first={first!r} is unknown")
-    shape = tuple(int(n) for n in data["shape"])  # type: ignore[attr-defined]
-    return Factor(str(data["module"]), str(kind), tuple(ranks), str(first), shape, float(data["error"]))  # type: ignore[arg-type]
+    shape = tuple(int(n) for n in data["shape"])
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in data.get("settings", {}).items()
+    }
+    return Factor(str(data["module"]), str(kind), tuple(ranks), str(first), shape, float(data["error"]), settings)

@@ -14,7 +14,10 @@ def result_table(result: FactorResult) -> str:
         layers.add_column(column, justify="right" if column == "error" else "left")
     for factor in result.plan.factors:
         layers.add_row(factor.module, _kind(factor), _ranks(factor), f"{factor.error:.3g}")
-    tables = [cost_table("factorised", result.before, result.after), layers]
+    costs = cost_table("factorised", result.before, result.after)
+    if result.latency is not None:
+        costs.add_row("latency", "", "measured", f"{result.latency:.1%}")
+    tables = [costs, layers]
     if result.left:
         left = Table(title="left as they are")
         left.add_column("weight")

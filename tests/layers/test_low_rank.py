@@ -103,7 +103,7 @@ BAD = [
     (lambda: layers.LowRankLinear(4, 4, 2)(Z(2, 5)), r"LowRankLinear: x must have shape \(\.\.\., 4\)"),
     (lambda: layers.Tucker2Conv(4, 4, (3, 3), (0, 2)), r"Tucker2Conv: ranks\[0\] must be an integer of at least 1"),
     (lambda: layers.Tucker2Conv(4, 4, (3, 3), (3, 2), groups=2), "groups must divide all .* 2 does not divide 3"),
-    (lambda: layers.Tucker2Conv(4, 4, (3, 3, 3), (2, 2)), "kernel_size must have 1 or 2 numbers.* but has 3"),
+    (lambda: layers.Tucker2Conv(4, 4, (3, 3, 3, 3), (2, 2)), "kernel_size must have 1 to 3 numbers.* but has 4"),
     (lambda: layers.Tucker2Conv(4, 4, (3, 3), (2, 2), strides=2), "strides is no argument; there are stride"),
     (lambda: layers.Tucker2Conv(4, 4, (3, 3), (2, 2), padding="same"), "padding must be an integer.* but is 'same'"),
     (lambda: layers.Tucker2Conv.from_factors(Z(4, 3, 3), reduce=Z(2, 5)), r"reduce must have shape \(3, "),
