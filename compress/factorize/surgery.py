@@ -91,7 +91,8 @@ def without_values(layer: Any, factor: Factor) -> LowRank:
 def unfactorize(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which every layer of :mod:`layers.low_rank` is multiplied back into one layer.
 
-    It computes the same, and has the class and the parameter names of the model before factorisation.
+    It computes the same, and has the class and the parameter names of the model before factorisation; a layer that was
+    no layer of ``torch.nn`` becomes one.
 
     >>> model = nn.Sequential(LowRankLinear(6, 4, rank=2), nn.ReLU())
     >>> unfactorize(model)[0]

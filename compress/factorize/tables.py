@@ -118,14 +118,14 @@ def find_tables(model: nn.Module, trace: Trace) -> tuple[dict[str, Op], dict[str
         owner = modules.get(path)
         if type(owner) is not nn.Embedding or slot != "weight" or op.module != path or not path:
             reasons[name] = "it is a table that is not read through the call of an nn.Embedding"
+        elif owner.max_norm is not None or owner.scale_grad_by_freq or owner.sparse:
+            reasons[name] = "its rows are renormalised, or have gradients of another kind"
         elif owners[id(owner.weight)] > 1:
             reasons[name] = "its weight is shared with another module"
         elif len(uses.of(trace.parameters[name].id)) > 1:
             reasons[name] = "its weight is used more than once"
         elif owner._forward_hooks or owner._forward_pre_hooks:
             reasons[name] = "its module has hooks, which the thin layers would not call"
-        elif owner.max_norm is not None or owner.scale_grad_by_freq or owner.sparse:
-            reasons[name] = "its rows are renormalised, or have gradients of another kind"
         else:
             found[name] = op
     return found, reasons

@@ -23,7 +23,7 @@ from compress.factorize.selection import Choice
 from compress.factorize.tables import Table
 
 GRID = 200  # noise variances among which the best is looked for: the function has local minima
-ROUNDING = 1e-12  # of the largest singular value: below, a matrix without noise has nothing but rounding
+ROUNDING = 8  # times the precision of the numbers: what is smaller, by the largest singular value, is no signal
 
 Array = NDArray[np.float64]
 
@@ -47,7 +47,8 @@ def vbmf_rank(matrix: Tensor) -> int:
     values: Array = torch.linalg.svdvals(matrix.detach().double().cpu()).numpy()
     if small == 0 or values[0] == 0:
         return 0
-    squares = np.maximum(values, ROUNDING * values[0]) ** 2
+    precision = torch.finfo(matrix.dtype).eps
+    squares = np.maximum(values, ROUNDING * precision * values[0]) ** 2
     ratio = small / large
     threshold = _threshold(ratio)
     variance = _noise_variance(squares, large, ratio, threshold)

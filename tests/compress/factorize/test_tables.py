@@ -36,7 +36,7 @@ def test_errors_are_those_of_the_tokens_that_occur_and_none_of_their_rank_is_bet
     weight = torch.randn(60, 9, dtype=torch.float64, generator=generator)
     counts = torch.randint(0, 50, (60,), generator=generator) ** 2
     table = Table.of(weight, counts)
-    frequency = ((counts + UNSEEN) / (counts + UNSEEN).sum()).numpy()
+    frequency = ((counts + UNSEEN).double() / (counts + UNSEEN).double().sum()).numpy()
     mean = frequency @ weight.numpy()
     spread = frequency @ ((weight.numpy() - mean) ** 2).sum(1)
     singular = np.linalg.svd(np.sqrt(frequency)[:, None] * weight.numpy(), compute_uv=False)

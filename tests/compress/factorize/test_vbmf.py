@@ -40,7 +40,7 @@ def test_what_is_kept_lies_above_the_bulk_of_noise() -> None:
 
 
 def test_without_noise_it_is_the_rank() -> None:
-    assert vbmf_rank(noisy((30, 50), 4, 0.0, 0).double()) == 4
+    assert vbmf_rank(noisy((30, 50), 4, 0.0, 0)) == 4
     assert vbmf_rank(torch.zeros(5, 6)) == 0
     for wrong in (torch.zeros(3), torch.full((2, 2), float("inf"))):
         with pytest.raises(PruneError, match="finite matrix"):
