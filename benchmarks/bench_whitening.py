@@ -74,8 +74,8 @@ def measured(name: str, ranks: Sequence[float], images: int, seed: int) -> Itera
                 "rank": rank,
                 "whitened": errors[0],
                 "raw": errors[1],
-                "whitened_on_fresh": problem.error(weights[0]),
-                "raw_on_fresh": problem.error(weights[1]),
+                "whitened_on_fresh": problem.error(_merged(weights[0], problem)),
+                "raw_on_fresh": problem.error(_merged(weights[1], problem)),
                 "full_rank": full,
             }
 
@@ -95,11 +95,12 @@ def summed(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-Factors = list[tuple[int, tuple[float, float], tuple[Tensor, Tensor], float]]
+Pair = tuple[Tensor, Tensor]  # (O, r) and (r, D)
+Factors = list[tuple[int, tuple[float, float], tuple[Pair, Pair], float]]
 
 
 def _factors(problem: Problem, ranks: Sequence[float], site: Site) -> Factors:
-    """Of each rank the errors and the merged weights, whitened and raw, and the difference at full rank."""
+    """Of each rank the errors and the factors, whitened and raw, and the difference at full rank."""
     found = Factorisation(problem, Split(tuple(range(len(site.kernel)))))
     left, values, right = torch.linalg.svd(problem.weight.flatten(1), full_matrices=False)
     result: Factors = []
@@ -107,11 +108,15 @@ def _factors(problem: Problem, ranks: Sequence[float], site: Site) -> Factors:
     for part in ranks:
         rank = max(1, round(part * found.full_rank()))
         first, second, error = found.factors(rank)
-        whitened = (second.flatten(1) @ first.flatten(1)).reshape(problem.weight.shape)
-        raw = ((left[:, :rank] * values[:rank]) @ right[:rank]).reshape(problem.weight.shape)
+        raw = left[:, :rank] * values[:rank], right[:rank]
         # errors on fresh inputs are asked of these later: single precision saves half the memory
-        result.append((rank, (error, problem.error(raw)), (whitened.float(), raw.float()), full))
+        pairs = (second.flatten(1).float(), first.flatten(1).float()), (raw[0].float(), raw[1].float())
+        result.append((rank, (error, problem.error(_merged(raw, problem))), pairs, full))
     return result
+
+
+def _merged(pair: Pair, problem: Problem) -> Tensor:
+    return (pair[0].double() @ pair[1].double()).reshape(problem.weight.shape)
 
 
 def _difference(weight: Tensor, first: Tensor, second: Tensor) -> float:
@@ -124,7 +129,7 @@ def _difference(weight: Tensor, first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def _decay(model: nn.Module, generator: torch.Generator) -> None:
-    """Random orthogonal factors, singular values like 1 / k, and the norm that each weight had."""
+    """Random orthogonal factors, singular values like 1 / k, and outputs of the size of their inputs."""
     for parameter in model.parameters():
         if parameter.dim() < 2 or min(parameter.shape) == 1:
             continue
@@ -133,7 +138,7 @@ def _decay(model: nn.Module, generator: torch.Generator) -> None:
         sides = (torch.linalg.qr(torch.randn(n, size, generator=generator))[0] for n in matrix.shape)
         left, right = sides
         made = (left / torch.arange(1, size + 1)) @ right.T
-        parameter.copy_((made * (matrix.norm() / made.norm())).reshape(parameter.shape))
+        parameter.copy_((made * (len(matrix) ** 0.5 / made.norm())).reshape(parameter.shape))
 
 
 Draw = Callable[[int, torch.Generator], Tensor]

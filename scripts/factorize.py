@@ -56,7 +56,7 @@ class FactorizeConfig:
     std: list[float] | None = None
     image_size: int | None = None
     methods: list[str] | None = None
-    protect: list[str] | None = None
+    protect: list[int | str] | None = None
     calibration: str = "train"
     calibration_batches: int = 8
     validation: float = 0.1
@@ -114,7 +114,7 @@ def run(config: FactorizeConfig) -> FactorResult:
         methods=tuple(config.methods or METHODS),
         calibration=images,
         recover=config.recover,
-        protect=tuple(config.protect or ()),
+        protect=tuple(map(str, config.protect or ())),  # modules may have numbers for names
         seed=config.seed,
     )
     print(result.summary())
