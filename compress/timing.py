@@ -155,7 +155,7 @@ def _measured(
 
 
 def seconds_of_layer(layer: nn.Module, shape: tuple[int, ...], weight: Tensor) -> float:
-    """Seconds of a layer, as its ``repr`` describes it, on an input of this shape, like ``weight``."""
+    """Seconds of a layer on an input of this shape, like ``weight``; its ``repr`` must tell all of its settings."""
     key = (repr(layer), repr(shape), weight.dtype, str(weight.device), torch.get_num_threads())
     if key not in _seconds:
         source = torch.rand(shape, dtype=weight.dtype, device=weight.device)

@@ -39,7 +39,9 @@ def timed(model: nn.Module, layers: Sequence[Layer], sites: Mapping[str, Site]) 
             continue
         owner, shape = model.get_submodule(layer.name), sites[layer.name].source.shape
         weight = owner.get_parameter("weight")
-        dense = round(seconds_of_layer(owner, shape, weight) / NANO)
+        # a layer of torch.nn says by its repr what it is, which a user's own may not
+        plain = without_values(owner, layer.factor(layer.options[0])).merge()
+        dense = round(seconds_of_layer(plain, shape, weight) / NANO)
         faster = []
         for option in _some(layer.options):
             made = without_values(owner, layer.factor(option))

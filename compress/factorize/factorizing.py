@@ -11,7 +11,7 @@ from compress.cost import Cost, cost_of, relative_latency
 from compress.errors import BudgetError, PruneError
 from compress.factorize.clock import timed, within_latency
 from compress.factorize.options import METHODS, Layer, Option, layers_of, table_layers
-from compress.factorize.plan import Factor, FactorPlan
+from compress.factorize.plan import FactorPlan
 from compress.factorize.replaceable import factorable, owner_of
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
 from compress.factorize.surgery import SPLITS, factors_of, insert
@@ -106,7 +106,8 @@ def factorize(
         raise PruneError("a model on the meta device has no values to factorise: load its weights first")
     trace = record(model, example_inputs, training=False)
     before = cost_of(model, trace)
-    sites, tables, left = _candidates(model, trace, example_inputs, methods, protect)
+    sites, left = unprotected(model, trace, protect, example_inputs)
+    tables, left = _tables(model, trace, left, methods, protect)
     grams, counts = _gathered(model, trace, calibration, sites, list(tables), seed)
     layers, without = layers_of(model, sites, grams, methods, vbmf_inner_rank if energy == "vbmf" else None)
     of_tables, more = table_layers(model, tables, counts)
@@ -125,15 +126,14 @@ def factorize(
         choice = within_budget(layers, metric, getattr(before, metric), budget.fraction)
     else:
         choice = by_vbmf(layers) if isinstance(energy, str) else by_energy(layers, energy or 0.0)
-    factors, weights = _built(layers, choice, metric)
-    plan = FactorPlan(factors)
+    plan, weights = built(layers, choice, metric)
     made = copied(model)
     insert(made, plan, weights)
     after = cost_of(made, record(made, example_inputs, training=False))
     if latency is None:
         latency = relative_latency(made, model, example_inputs, seconds=GLANCE)
-    recovery, notes = None, [*trace.notes, *_scarce(grams, choice)]
-    if chosen_recovery and factors:
+    recovery, notes = None, [*trace.notes, *scarce(grams, choice)]
+    if chosen_recovery and plan.factors:
         recovery = recovered(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
         )
@@ -159,19 +159,31 @@ def _checked_options(budget: Budget | None, energy: float | str | None, methods:
     return "macs" if budget is None else budget.metric
 
 
-def _candidates(
-    model: nn.Module, trace: Trace, example_inputs: ExampleInputs, methods: Sequence[str], protect: Sequence[str]
-) -> tuple[list[Site], dict[str, Op], dict[str, str]]:
-    """The sites and the tables whose layers can be replaced, and by parameter why others cannot."""
-    whole = {name for pattern in protect for name in protected(pattern, trace.parameters)}
-    all_sites = find_sites(trace)
-    sites, left = factorable(model, trace, [site for site in all_sites if site.parameter not in whole], example_inputs)
+def unprotected(
+    model: nn.Module, trace: Trace, protect: Sequence[str], example_inputs: ExampleInputs
+) -> tuple[list[Site], dict[str, str]]:
+    """The sites whose layer can be replaced and may be, and by parameter why others are left."""
+    whole = _matching(trace, protect)
+    free = [site for site in find_sites(trace) if site.parameter not in whole]
+    sites, left = factorable(model, trace, free, example_inputs)
+    weights = {name for name in whole if len(trace.parameters[name].shape) > 1}
+    return sites, left | dict.fromkeys(sorted(weights), "it is protected")
+
+
+def _tables(
+    model: nn.Module, trace: Trace, left: Mapping[str, str], methods: Sequence[str], protect: Sequence[str]
+) -> tuple[dict[str, Op], dict[str, str]]:
+    """The embeddings that can be replaced and may be, and by parameter why anything is left."""
     tables, others = find_tables(model, trace)
     if "svd" not in methods:
         others |= dict.fromkeys(tables, 'a table is factorised by the method "svd"')
-    left = {name: reason for name, reason in left.items() if name not in tables} | others
-    left |= dict.fromkeys(whole & {*left, *tables, *(site.parameter for site in all_sites)}, "it is protected")
-    return sites, {name: op for name, op in tables.items() if name not in left}, left
+    others |= dict.fromkeys(tables.keys() & _matching(trace, protect), "it is protected")
+    free = {name: op for name, op in tables.items() if name not in others}
+    return free, {name: reason for name, reason in left.items() if name not in free} | others
+
+
+def _matching(trace: Trace, protect: Sequence[str]) -> set[str]:
+    return {name for pattern in protect for name in protected(pattern, trace.parameters)}
 
 
 def _gathered(
@@ -184,10 +196,8 @@ def _gathered(
     return grams.sums, counts
 
 
-def _built(
-    layers: Sequence[Layer], choice: Choice, metric: str
-) -> tuple[tuple[Factor, ...], dict[str, tuple[Tensor, ...]]]:
-    """The chosen factors with their weights; of spatial kernels the better of both orders."""
+def built(layers: Sequence[Layer], choice: Choice, metric: str) -> tuple[FactorPlan, dict[str, tuple[Tensor, ...]]]:
+    """The plan of a choice, with the weights of the thin layers; of spatial kernels the better of both orders."""
     factors, weights = [], {}
     for layer in layers:
         if layer.name not in choice:
@@ -199,7 +209,7 @@ def _built(
             found.append((error, replace(factor, error=error), made))
         _, factor, weights[layer.name] = min(found, key=lambda each: each[0])
         factors.append(factor)
-    return tuple(factors), weights
+    return FactorPlan(tuple(factors)), weights
 
 
 def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
@@ -214,7 +224,8 @@ def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
     return [option, *([max(others, key=lambda other: cost(other, metric))] if others else [])]
 
 
-def _scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+def scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+    """A note where the layers that were chosen have seen too few samples."""
     few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in choice]
     if not few:
         return []
