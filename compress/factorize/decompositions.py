@@ -303,4 +303,10 @@ def _cholesky(matrix: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(matrix + jitter * level * identity)
         if not bool(failed):
             return factor
-    raise PruneError("a Gram matrix has large negative eigenvalues: it is no sum of squares")
+    # inputs that hardly vary: rounding is larger than the mean of the diagonal tells
+    values, vectors = torch.linalg.eigh(matrix)
+    if values[0] < -JITTER[-1] * values[-1]:
+        raise PruneError("a Gram matrix has large negative eigenvalues: it is no sum of squares")
+    root = vectors * values.clamp(min=JITTER[0] * float(values[-1])).sqrt()
+    upper = torch.linalg.qr(root.T).R
+    return upper.T * torch.where(upper.diagonal() < 0, -1.0, 1.0)

@@ -54,7 +54,7 @@ class Layer:
     energy: float
     options: tuple[Option, ...]
     shape: tuple[int, ...] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     latency: int = 0
 
     def factor(self, option: Option) -> Factor:

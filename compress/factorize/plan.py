@@ -34,7 +34,7 @@ class Factor:
     first: str
     shape: tuple[int, ...]
     error: float
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def last(self) -> str:
