@@ -75,7 +75,7 @@ class Problem:
     def parts(self) -> "tuple[Problem, ...]":
         """The problems of the groups."""
         if self.groups == 1:
-            return (Problem(self.weight, self.gram.reshape(self.gram.shape[-2:]), self.importance),)
+            return (self,)
         chunks = self.weight.chunk(self.groups), self.gram, self.importance.chunk(self.groups)
         return tuple(Problem(*part) for part in zip(*chunks, strict=True))
 
