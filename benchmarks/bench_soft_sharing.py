@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import parser, wide_console, write_results
 from layers.models import digits_cnn, resnet20_cifar
+from layers.nuclear import effective_rank, nuclear_norms
 from mtl import FitOptions, SoftShared, Task, TraceNorm, evaluate, fit
 from mtl.data import TensorLoader, digits
-from mtl.sharing.couplings.nuclear import effective_rank, nuclear_norms
 
 Result = dict[str, Any]
 

@@ -26,6 +26,7 @@ from compress.errors import (
 )
 from compress.factorize import Factor, FactorPlan, FactorResult, factorize, unfactorize
 from compress.loop import StopRule, iterate
+from compress.nuclear_norm import NuclearNorm
 from compress.plan import PlanGroup, PlanMember, PrunePlan
 from compress.plans import Plan
 from compress.pruning import PruneResult, prune
@@ -53,6 +54,7 @@ __all__ = [
     "FrozenAxis",
     "GroupLasso",
     "Member",
+    "NuclearNorm",
     "Plan",
     "PlanGroup",
     "PlanMember",

@@ -21,6 +21,7 @@ from compress.sandbox import untouched, unwrapped
 from compress.trace import ExampleInputs, as_arguments, record
 
 PAIRS, PAIRS_SECONDS = 15, 1.0  # of runs that are compared
+OWN_RUNS = 5
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ def latencies(models: Sequence[nn.Module], example_inputs: ExampleInputs, *, rep
     return [median(seconds) for seconds in times]
 
 
-def relative_latency(model: nn.Module, reference: nn.Module, example_inputs: ExampleInputs) -> float:
+def relative_latency(
+    model: nn.Module, reference: nn.Module, example_inputs: ExampleInputs, *, seconds: float = PAIRS_SECONDS
+) -> float:
     """Seconds of ``model`` as a part of those of ``reference``, in turn with it: the median over pairs of runs.
 
-    At least :data:`PAIRS` pairs, and as many as fit into :data:`PAIRS_SECONDS`: short runs vary more. On one thread of
-    a CPU it is the thread's own time that counts, which waiting for a busy machine is no part of.
+    At least :data:`PAIRS` pairs, and as many as fit into ``seconds``: short runs vary more. On one thread of a CPU it
+    is the thread's own time that counts, which waiting for a busy machine is no part of.
     """
     args, kwargs = as_arguments(example_inputs)
     ratios: list[float] = []
@@ -95,10 +98,20 @@ def relative_latency(model: nn.Module, reference: nn.Module, example_inputs: Exa
             each.eval()
             each(*args, **kwargs)
         start, clock = time.perf_counter(), own_clock(_device(reference))
-        while len(ratios) < PAIRS or (time.perf_counter() - start < PAIRS_SECONDS and len(ratios) < 20 * PAIRS):
+        while len(ratios) < PAIRS or (time.perf_counter() - start < seconds and len(ratios) < 20 * PAIRS):
             dense = _timed(reference, args, kwargs, clock)
             ratios.append(_timed(model, args, kwargs, clock) / dense)
     return median(ratios)
+
+
+def own_seconds(model: nn.Module, example_inputs: ExampleInputs) -> float:
+    """Seconds of one forward pass in evaluation mode by :func:`own_clock`: the median of a few runs after a warm-up."""
+    args, kwargs = as_arguments(example_inputs)
+    clock = own_clock(_device(model))
+    with untouched(model), torch.inference_mode():
+        model.eval()
+        model(*args, **kwargs)
+        return median(_timed(model, args, kwargs, clock) for _ in range(OWN_RUNS))
 
 
 def own_clock(device: torch.device) -> Callable[[], float]:

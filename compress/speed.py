@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 from compress.errors import BudgetError
-from compress.select import Selection
+
+Chosen = TypeVar("Chosen")
 
 ATTEMPTS = 10  # selections that are measured
 CLOSE = 0.04  # of the target: what is measured may lie so far below it
 
 
-def meet_latency(
-    choose: Callable[[float], Selection], measured: Callable[[Selection], float], target: float
-) -> Selection:
+def meet_latency(choose: Callable[[float], Chosen], measured: Callable[[Chosen], float], target: float) -> Chosen:
     """The selection whose measured latency comes closest to ``target`` from below, of the dense model's as a part.
 
     Args:
@@ -24,7 +24,7 @@ def meet_latency(
         BudgetError: the smallest selection is measured above ``target``; says how much remains.
     """
     aim, low, high = target, None, (1.0, 1.0)  # (predicted, measured) on both sides of the target
-    best: tuple[float, Selection] | None = None
+    best: tuple[float, Chosen] | None = None
     for _ in range(ATTEMPTS):
         smallest = False
         try:
@@ -44,7 +44,7 @@ def meet_latency(
                 break
             raise BudgetError(
                 f"the budget latency={target:.3g} cannot be reached: at least {found:.3g} of the dense model's seconds "
-                "remain on this machine; raise the budget, protect less, or allow inexact groups",
+                "remain on this machine; raise the budget, protect less, or allow more (inexact groups, methods)",
                 smallest=found,
             )
         low, high = ((aim, found), high) if found <= target else (low, (aim, found))

@@ -7,7 +7,7 @@ process, by operator, shapes, device and number of threads.
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from compress.channels import ChannelGraph
 from compress.cost import own_clock, wait
 from compress.labels import FIXED, Array
 from compress.recorder import Op, TensorRef
+from compress.sandbox import untouched
 
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # what widths may be rounded to: vectors of 8 or 16 numbers, tiles of 16 or 32
 WORTH = 0.85  # of the best saving a channel: a finer multiple that reaches it is as good
@@ -146,20 +147,34 @@ def _measured(
         make = torch.rand if ref.dtype.is_floating_point else torch.zeros  # indices must lie inside
         return make(shapes[ref.id], dtype=ref.dtype, device=device)
 
-    clock = own_clock(device)
     try:
-        with torch.inference_mode():
-            positional, named = op.as_called(tree_map_only(TensorRef, filled, dict(arguments)))
-            times: list[float] = []
-            op.func(*positional, **named)
-            while len(times) < LEAST_RUNS or (len(times) < MOST_RUNS and sum(times) < ENOUGH):
-                wait(device)
-                start = clock()
-                op.func(*positional, **named)
-                wait(device)
-                times.append(clock() - start)
+        positional, named = op.as_called(tree_map_only(TensorRef, filled, dict(arguments)))
+        return _least_seconds(lambda: op.func(*positional, **named), device)
     except Exception:  # noqa: BLE001  sizes that are written out (views), values that must fit: no part of the table
         return 0.0
+
+
+def seconds_of_layer(layer: nn.Module, shape: tuple[int, ...], weight: Tensor) -> float:
+    """Seconds of a layer on an input of this shape, like ``weight``; its ``repr`` must tell all of its settings."""
+    key = (repr(layer), repr(shape), weight.dtype, str(weight.device), torch.get_num_threads())
+    if key not in _seconds:
+        source = torch.rand(shape, dtype=weight.dtype, device=weight.device)
+        with untouched(layer):
+            layer.eval()
+            _seconds[key] = _least_seconds(lambda: layer(source), weight.device)
+    return _seconds[key]
+
+
+def _least_seconds(run: Callable[[], object], device: torch.device) -> float:
+    clock, times = own_clock(device), list[float]()
+    with torch.inference_mode():
+        run()
+        while len(times) < LEAST_RUNS or (len(times) < MOST_RUNS and sum(times) < ENOUGH):
+            wait(device)
+            start = clock()
+            run()
+            wait(device)
+            times.append(clock() - start)
     return min(times)
 
 

@@ -60,6 +60,21 @@ def _agrees_in_double(model: nn.Module, plan: PrunePlan, pruned: nn.Module, inpu
     return [t.shape for t in found] == [t.shape for t in expected] and _close(found, expected, DOUBLE_TOLERANCE)
 
 
+def same_outputs(model: nn.Module, other: nn.Module, example_inputs: ExampleInputs) -> bool:
+    """Whether ``other`` computes what ``model`` does, in float64.
+
+    Raises:
+        Exception: whatever stops one of them from running.
+    """
+    inputs = tree_map_only(Tensor, widened, _lively(example_inputs))
+    try:
+        with in_double():
+            found, expected = _outputs(other, inputs), _outputs(model, inputs)
+    except Exception:  # noqa: BLE001  as above: on copies
+        found, expected = (_outputs(copy.deepcopy(each).double(), inputs) for each in (other, model))
+    return [t.shape for t in found] == [t.shape for t in expected] and _close(found, expected, DOUBLE_TOLERANCE)
+
+
 def culprits(parts: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> list[int]:
     """The parts without which the rest holds, found by halving.
 

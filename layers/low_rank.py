@@ -1,7 +1,7 @@
 """Thin layers in a row that stand for one wide layer: what a factorisation of its weight puts in its place.
 
 Each is built by sizes (random weights) or from given factors, works like the layer of `torch.nn` that it stands for,
-and multiplies back into that layer by `merge()`. Convolutions may have 1 or 2 axes, strides, dilation and groups.
+and multiplies back into that layer by `merge()`. Convolutions may have 1 to 3 axes, strides, dilation and groups.
 
 Legend: o output channels, i input channels, k kernel positions, a and b ranks. Ranks count all groups together.
 """
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from layers._checks import check_positive, check_shape, fail
 
 Size = int | tuple[int, ...]
-_CONVS: dict[int, Callable[..., nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_CONVS: dict[int, Callable[..., Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class LowRankLinear(nn.Module):
@@ -58,6 +59,50 @@ class LowRankLinear(nn.Module):
         """One linear layer that computes the same."""
         merged = nn.Linear(self.reduce.in_features, self.expand.out_features, bias=self.expand.bias is not None)
         _give(merged, self.expand.weight @ self.reduce.weight, self.expand.bias)
+        return merged
+
+
+class LowRankEmbedding(nn.Module):
+    """A thin table and a linear layer: y = B T[i] with T (num_embeddings, rank) and B (embedding_dim, rank).
+
+    Input (*) of indices, output (*, embedding_dim). Children `table` and `expand` (no bias). rank (num_embeddings +
+    embedding_dim) weights in place of num_embeddings embedding_dim. The row of `padding_idx` is zero and learns
+    nothing. Source: Lan et al.: ALBERT: A Lite BERT for Self-supervised Learning of Language Representations (2020),
+    section 3.1.
+
+    Raises ValueError for sizes below 1 and factors that do not fit.
+
+    >>> layer = LowRankEmbedding(100, 16, rank=4)
+    >>> i = torch.tensor([[3, 5, 99]])
+    >>> torch.allclose(layer(i), layer.merge()(i), atol=1e-6)
+    True
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, *, padding_idx: int | None = None) -> None:
+        super().__init__()
+        check_positive(self, num_embeddings=num_embeddings, embedding_dim=embedding_dim, rank=rank)
+        self.table = nn.Embedding(num_embeddings, rank, padding_idx=padding_idx)
+        self.expand = nn.Linear(rank, embedding_dim, bias=False)
+
+    @classmethod
+    def from_factors(cls, table: Tensor, expand: Tensor, *, padding_idx: int | None = None) -> Self:
+        """The layer of embeddings `table @ expand.T`, (num_embeddings, rank) and (embedding_dim, rank)."""
+        check_shape(cls.__name__, "table", table, ("num_embeddings", "rank"))
+        check_shape(cls.__name__, "expand", expand, ("embedding_dim", table.shape[1]))
+        layer = cls(table.shape[0], expand.shape[0], table.shape[1], padding_idx=padding_idx)
+        _give(layer.table, table)
+        _give(layer.expand, expand)
+        return layer
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.expand(self.table(indices))
+
+    @torch.no_grad()
+    def merge(self) -> nn.Embedding:
+        """One table that gives the same."""
+        table = self.table.weight @ self.expand.weight.T
+        merged = nn.Embedding(table.shape[0], table.shape[1], padding_idx=self.table.padding_idx)
+        _give(merged, table)
         return merged
 
 
@@ -143,7 +188,7 @@ class Tucker2Conv(nn.Module):
         return y if self.expand is None else self.expand(y)
 
     @torch.no_grad()
-    def merge(self) -> nn.Conv1d | nn.Conv2d:
+    def merge(self) -> Conv:
         """One convolution that computes the same."""
         core, groups = self.core, self.core.groups
         weight = _by_group(core.weight, groups)
@@ -251,9 +296,7 @@ class SpatialConv(nn.Module):
         return merged
 
 
-def _merged(
-    first: nn.Conv1d | nn.Conv2d, weight: Tensor, bias: Tensor | None, last: nn.Conv1d | nn.Conv2d
-) -> nn.Conv1d | nn.Conv2d:
+def _merged(first: Conv, weight: Tensor, bias: Tensor | None, last: Conv) -> Conv:
     """One convolution with the sampling of both; where each samples one axis, the other has the neutral value there."""
     conv = _CONVS[weight.dim() - 2]
     merged = conv(
@@ -275,17 +318,17 @@ def _by_group(weight: Tensor, groups: int) -> Tensor:
     return weight.flatten(2).unflatten(0, (groups, -1))
 
 
-def _give(layer: nn.Linear | nn.Conv1d | nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> None:
+def _give(layer: nn.Linear | nn.Embedding | Conv, weight: Tensor, bias: Tensor | None = None) -> None:
     """Make these the parameters of `layer`, on their device and in their dtype."""
     layer.weight = nn.Parameter(weight.detach().clone().reshape(layer.weight.shape))
-    if bias is not None:
+    if bias is not None and not isinstance(layer, nn.Embedding):
         check_shape(layer, "bias", bias, (layer.weight.shape[0],))
         layer.bias = nn.Parameter(bias.detach().clone())
 
 
-def _conv_of(layer: nn.Module, num_axes: int) -> Callable[..., nn.Conv1d | nn.Conv2d]:
+def _conv_of(layer: nn.Module, num_axes: int) -> Callable[..., Conv]:
     if num_axes not in _CONVS:
-        raise fail(layer, f"kernel_size must have 1 or 2 numbers, one for each axis, but has {num_axes}")
+        raise fail(layer, f"kernel_size must have 1 to 3 numbers, one for each axis, but has {num_axes}")
     return _CONVS[num_axes]
 
 

@@ -11,8 +11,8 @@ from typing import Self
 
 from torch import nn
 
+from layers.nuclear import effective_rank
 from mtl.history import Epoch
-from mtl.sharing.couplings.nuclear import effective_rank
 from mtl.sharing.soft import SoftShared
 
 

@@ -1,6 +1,7 @@
 """From a config dataclass to a command: flags and YAML through jsonargparse, and one clear line for bad input."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ LISTS = (
     "--criteria",
     "--ratios",
     "--methods",
+    "--protect",
     "--targets",
     "--features",
     "--classes",
@@ -77,10 +79,19 @@ def _as_jsonargparse_likes(argv: Sequence[str]) -> list[str]:
         if flag in ("--help", "--print_config") and not values:
             result.append(flag)
         elif flag in LISTS and values and not values[0].startswith("["):
-            result.append(f"{flag}=[{', '.join(','.join(values).split(','))}]")
+            result.append(f"{flag}=[{', '.join(map(_quoted, ','.join(values).split(',')))}]")
         else:
             result += [f"{flag}={values[0] if values else 'true'}", *values[1:]]
     return result
+
+
+def _quoted(value: str) -> str:
+    """A value of a list as YAML reads it back: numbers as they are, words in quotes, as ``*`` has a meaning there."""
+    try:
+        float(value)
+    except ValueError:
+        return json.dumps(value)
+    return value
 
 
 def _first_line(config: type) -> str:

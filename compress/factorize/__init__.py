@@ -7,11 +7,13 @@
 >>> type(result.model[0]).__name__, result.after.macs <= result.before.macs / 2
 ('LowRankLinear', True)
 
-decompositions -> options -> selection -> plan -> surgery; :func:`compress.recover.recover` refits what comes out.
+replaceable -> decompositions -> options -> selection (or clock) -> plan -> surgery;
+:func:`compress.recover.recover` refits what comes out.
 """
 
 from compress.factorize.factorizing import FactorResult, factorize
 from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.surgery import unfactorize
+from compress.factorize.vbmf import vbmf_rank
 
-__all__ = ["Factor", "FactorPlan", "FactorResult", "factorize", "unfactorize"]
+__all__ = ["Factor", "FactorPlan", "FactorResult", "factorize", "unfactorize", "vbmf_rank"]

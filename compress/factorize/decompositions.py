@@ -30,14 +30,19 @@ LEAST_IMPORTANCE = 1e-6  # of the mean: an output that hardly counts still has t
 
 @dataclass(frozen=True)
 class Problem:
-    """A weight (O, C, *K), the mean of x x^T over rows x (D, D) in its order, and what each output counts (O,)."""
+    """A weight (O, C, *K), the mean of x x^T over rows x (D, D) in its order, and what each output counts (O,).
+
+    Of a grouped convolution C is that of a group, and there is a Gram matrix for each: (g, D, D).
+    """
 
     weight: Tensor
     gram: Tensor
     importance: Tensor
 
     @staticmethod
-    def of(weight: Tensor, gram: Tensor | None = None, importance: Tensor | None = None) -> "Problem":
+    def of(
+        weight: Tensor, gram: Tensor | None = None, importance: Tensor | None = None, *, groups: int = 1
+    ) -> "Problem":
         """In double precision; white inputs, and outputs that count alike, where nothing is known of them.
 
         Raises:
@@ -45,24 +50,40 @@ class Problem:
         """
         weight = weight.detach().double().cpu()
         num_outputs, size = weight.shape[0], math.prod(weight.shape[1:])
-        gram = torch.eye(size, dtype=torch.float64) if gram is None else gram.double().cpu()
+        expected = (size, size) if groups == 1 else (groups, size, size)
+        gram = torch.eye(size, dtype=torch.float64).expand(expected) if gram is None else gram.double().cpu()
         importance = weight.new_ones(num_outputs) if importance is None else importance.double().cpu()
-        if gram.shape != (size, size) or importance.shape != (num_outputs,):
+        if gram.shape != expected or importance.shape != (num_outputs,):
             raise PruneError(
-                f"a weight of shape {tuple(weight.shape)} needs a Gram matrix ({size}, {size}) and {num_outputs} "
+                f"a weight of shape {tuple(weight.shape)} needs a Gram matrix {expected} and {num_outputs} "
                 f"importances, given are {tuple(gram.shape)} and {tuple(importance.shape)}"
             )
         if not all(bool(tensor.isfinite().all()) for tensor in (weight, gram, importance)):
             raise PruneError("weight, Gram matrix and importances must be finite")
         mean = float(importance.mean())
         floor = LEAST_IMPORTANCE * mean if mean > 0 else 1.0
-        factor = _cholesky(gram)  # sums in single precision may have lost what makes it positive
-        return Problem(weight, factor @ factor.T, importance.clamp(min=floor))
+        # sums in single precision may have lost what makes it positive
+        whole = torch.stack([factor @ factor.T for factor in map(_cholesky, gram.reshape(-1, size, size))])
+        return Problem(weight, whole.reshape(expected), importance.clamp(min=floor))
+
+    @property
+    def groups(self) -> int:
+        """g."""
+        return len(self.gram) if self.gram.dim() == 3 else 1
+
+    @property
+    def parts(self) -> "tuple[Problem, ...]":
+        """The problems of the groups."""
+        if self.groups == 1:
+            return (self,)
+        chunks = self.weight.chunk(self.groups), self.gram, self.importance.chunk(self.groups)
+        return tuple(Problem(*part) for part in zip(*chunks, strict=True))
 
     def error(self, weight: Tensor) -> float:
         """What the outputs lose with another weight: tr(Q (W - V) G (W - V)^T) with importances Q."""
-        difference = (self.weight - weight.to(self.weight)).flatten(1)
-        return max(float(((difference @ self.gram) * difference).sum(1) @ self.importance), 0.0)
+        difference = (self.weight - weight.to(self.weight)).flatten(1).reshape(self.groups, -1, self.gram.shape[-1])
+        lost = ((difference @ self.gram) * difference).sum(-1).flatten()
+        return max(float(lost @ self.importance), 0.0)
 
     @cached_property
     def total(self) -> float:
@@ -234,6 +255,38 @@ class Factorisation:
         return first
 
 
+class Grouped:
+    """As :class:`Factorisation`, of all groups of a convolution alike: ranks are those of one group, errors the sum.
+
+    Factors of the groups follow each other on the first axis, as in the weight of a grouped convolution.
+    """
+
+    def __init__(self, problem: Problem, split: Split) -> None:
+        self._each = [Factorisation(part, split) for part in problem.parts]
+        self.errors = torch.stack([each.errors for each in self._each]).sum(0)
+
+    def full_rank(self) -> int:
+        """R of a group."""
+        return self._each[0].full_rank()
+
+    def basis(self, rank: int) -> Tensor:
+        """The first factors (g r, J) before any refinement."""
+        return torch.cat([each.first[:rank] for each in self._each])
+
+    def following(self, first: Tensor) -> Problem:
+        """See :meth:`Factorisation.following`."""
+        found = [each.following(part) for each, part in zip(self._each, first.chunk(len(self._each)), strict=True)]
+        if len(found) == 1:
+            return found[0]
+        weights, importances = ([getattr(problem, name) for problem in found] for name in ("weight", "importance"))
+        return Problem(torch.cat(weights), torch.stack([problem.gram for problem in found]), torch.cat(importances))
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """See :meth:`Factorisation.factors`."""
+        found = [each.factors(rank) for each in self._each]
+        return torch.cat([f for f, _, _ in found]), torch.cat([s for _, s, _ in found]), sum(e for _, _, e in found)
+
+
 def _balance(first: Tensor, second: Tensor) -> Tensor:
     """What the first factor's rows are to be multiplied by, so that both weigh alike: training likes that."""
     norms = second.square().sum((0, 2)).sqrt(), first.square().sum(1).sqrt()
@@ -250,4 +303,10 @@ def _cholesky(matrix: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(matrix + jitter * level * identity)
         if not bool(failed):
             return factor
-    raise PruneError("a Gram matrix has large negative eigenvalues: it is no sum of squares")
+    # inputs that hardly vary: rounding is larger than the mean of the diagonal tells
+    values, vectors = torch.linalg.eigh(matrix)
+    if values[0] < -JITTER[-1] * values[-1]:
+        raise PruneError("a Gram matrix has large negative eigenvalues: it is no sum of squares")
+    root = vectors * values.clamp(min=JITTER[0] * float(values[-1])).sqrt()
+    upper = torch.linalg.qr(root.T).R
+    return upper.T * torch.where(upper.diagonal() < 0, -1.0, 1.0)

@@ -7,22 +7,29 @@ from torch import Tensor, nn
 
 from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration, num_batches_of
-from compress.cost import Cost, cost_of
+from compress.cost import Cost, cost_of, relative_latency
 from compress.errors import BudgetError, PruneError
-from compress.factorize.options import METHODS, Layer, Option, factorable, layers_of
-from compress.factorize.plan import Factor, FactorPlan
+from compress.factorize.clock import timed, within_latency
+from compress.factorize.options import METHODS, Layer, Option, layers_of, table_layers
+from compress.factorize.plan import FactorPlan
+from compress.factorize.replaceable import factorable, owner_of
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
 from compress.factorize.surgery import SPLITS, factors_of, insert
+from compress.factorize.tables import TokenCounter, find_tables
+from compress.factorize.vbmf import by_vbmf, vbmf_inner_rank
 from compress.gram import GramCollector, Grams, GramSums
 from compress.names import protected
 from compress.plan import PrunePlan
+from compress.recorder import Op, Trace
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
-from compress.sites import Key, find_sites
+from compress.sites import Key, Site, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
 from compress.watch import gather
+
+GLANCE = 0.2  # seconds in which the latency that no budget asks for is measured
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class FactorResult:
 
     ``left`` says by parameter why a layer cannot be factorised (those that can, and are not, are dense because the
     budget did not need them), ``notes`` what a user should know, ``recovery`` what was won back without training.
+    ``latency`` is measured: seconds of the model on the example inputs as a part of the dense model's.
     """
 
     model: nn.Module
@@ -40,6 +48,7 @@ class FactorResult:
     left: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     recovery: Recovery | None = None
+    latency: float | None = None
 
     def summary(self) -> str:
         """Before and after as a table, with the ranks of each layer."""
@@ -54,7 +63,7 @@ def factorize(
     example_inputs: ExampleInputs,
     *,
     budget: Budget | None = None,
-    energy: float | None = None,
+    energy: float | str | None = None,
     methods: Sequence[str] = METHODS,
     calibration: Calibration | None = None,
     recover: bool | Sequence[str] = True,
@@ -71,10 +80,12 @@ def factorize(
     Args:
         model: any module, in any mode.
         example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
-        budget: the fraction to keep of macs or params; never exceeded.
-        energy: instead of a budget, the part of the second moment of its outputs that each layer keeps, in (0, 1).
-        methods: some of "tucker2" (1 x 1, k x k, 1 x 1; either 1 x 1 may be left out), "svd" (dense layers and 1 x 1
-            convolutions) and "spatial" (k x 1 and 1 x k, or the other way round).
+        budget: the fraction to keep of macs, params or latency; never exceeded. Latency is measured on this machine,
+            beside the dense model; layers that are faster as they are stay.
+        energy: instead of a budget, the part of the second moment of its outputs that each layer keeps, in (0, 1); or
+            "vbmf" for the ranks that :func:`compress.factorize.vbmf_rank` finds in each weight.
+        methods: some of "tucker2" (1 x 1, k x k, 1 x 1; either 1 x 1 may be left out), "svd" (dense layers, 1 x 1
+            convolutions, embeddings) and "spatial" (k x 1 and 1 x k, or the other way round).
         calibration: batches of inputs, without labels; a DataLoader will do.
         recover: refit the new model from ``calibration``, without training: True, or names from
             :data:`compress.recover.METHODS`.
@@ -83,7 +94,7 @@ def factorize(
 
     Raises:
         TraceError: the model does not run on its example inputs.
-        BudgetError: the budget cannot be reached; says what can. Or it is of latency or channels.
+        BudgetError: the budget cannot be reached; says what can. Or it is of channels.
         CalibrationError: there are no data, or they do not fit.
         PruneError: nothing can be factorised (the reasons are listed), or an option is unknown.
     """
@@ -95,70 +106,110 @@ def factorize(
         raise PruneError("a model on the meta device has no values to factorise: load its weights first")
     trace = record(model, example_inputs, training=False)
     before = cost_of(model, trace)
-    sites, left = factorable(model, trace, find_sites(trace))
-    whole = {name for pattern in protect for name in protected(pattern, trace.parameters)}
-    left |= {site.parameter: "it is protected" for site in sites if site.parameter in whole}
-    sites = [site for site in sites if site.parameter not in left]
-    collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
-    (grams,) = gather(model, trace, calibration, [collector])
-    assert isinstance(grams, Grams)
-    layers, without = layers_of(model, sites, grams.sums, methods)
-    left |= without
+    sites, left = unprotected(model, trace, protect, example_inputs)
+    tables, left = _tables(model, trace, left, methods, protect)
+    grams, counts = _gathered(model, trace, calibration, sites, list(tables), seed)
+    layers, without = layers_of(model, sites, grams, methods, vbmf_inner_rank if energy == "vbmf" else None)
+    of_tables, more = table_layers(model, tables, counts)
+    layers, left = [*layers, *of_tables], left | without | more
     if not layers:
         raise PruneError(
             f"nothing can be factorised: {_reasons(left) or 'the model has no convolution or dense layer'}"
         )
-    if budget is not None:
+    latency = None
+    if metric == "latency":
+        assert budget is not None
+        layers = timed(model, layers, {owner_of(site): site for site in sites})
+        left |= {f"{layer.name}.weight": "it is faster as it is" for layer in layers if not layer.options}
+        choice, latency = within_latency(model, example_inputs, layers, budget.fraction)
+    elif budget is not None:
         choice = within_budget(layers, metric, getattr(before, metric), budget.fraction)
     else:
-        assert energy is not None
-        choice = by_energy(layers, energy)
-    factors, weights = _built(layers, choice, metric)
-    plan = FactorPlan(factors)
+        choice = by_vbmf(layers) if isinstance(energy, str) else by_energy(layers, energy or 0.0)
+    plan, weights = built(layers, choice, metric)
     made = copied(model)
     insert(made, plan, weights)
     after = cost_of(made, record(made, example_inputs, training=False))
-    recovery, notes = None, [*trace.notes, *_scarce(grams.sums, choice)]
-    if chosen_recovery and factors:
+    if latency is None:
+        latency = relative_latency(made, model, example_inputs, seconds=GLANCE)
+    recovery, notes = None, [*trace.notes, *scarce(grams, choice)]
+    if chosen_recovery and plan.factors:
         recovery = recovered(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
         )
         notes += recovery.notes
-    return FactorResult(made, plan, before, after, left, tuple(notes), recovery)
+    return FactorResult(made, plan, before, after, left, tuple(notes), recovery, latency)
 
 
-def _checked_options(budget: Budget | None, energy: float | None, methods: Sequence[str]) -> str:
+def _checked_options(budget: Budget | None, energy: float | str | None, methods: Sequence[str]) -> str:
     """The budget's metric."""
     for method in methods:
         if method not in METHODS:
             raise PruneError(f"method {method!r} is unknown: choose among {', '.join(METHODS)}")
     if (budget is None) == (energy is None):
         raise BudgetError("factorize takes a budget or an energy: pass budget=Budget(macs=0.5), or energy=0.99")
-    if energy is not None and not 0 < energy < 1:
+    if isinstance(energy, str) and energy != "vbmf":
+        raise BudgetError(f'energy={energy!r} is unknown: pass "vbmf", or a number between 0 and 1')
+    if isinstance(energy, float | int) and not 0 < energy < 1:
         raise BudgetError(f"energy={energy} is the part of each layer's outputs that stays: between 0 and 1")
-    if budget is not None and budget.metric not in ("macs", "params"):
-        raise BudgetError(f"factorize spends macs or params, not {budget.metric}: pass Budget(macs={budget.fraction})")
+    if budget is not None and budget.metric == "channels":
+        raise BudgetError(
+            f"factorize spends macs, params or latency, not channels: pass Budget(macs={budget.fraction})"
+        )
     return "macs" if budget is None else budget.metric
 
 
-def _built(
-    layers: Sequence[Layer], choice: Choice, metric: str
-) -> tuple[tuple[Factor, ...], dict[str, tuple[Tensor, ...]]]:
-    """The chosen factors with their weights; of spatial kernels the better of both orders."""
+def unprotected(
+    model: nn.Module, trace: Trace, protect: Sequence[str], example_inputs: ExampleInputs
+) -> tuple[list[Site], dict[str, str]]:
+    """The sites whose layer can be replaced and may be, and by parameter why others are left."""
+    whole = _matching(trace, protect)
+    free = [site for site in find_sites(trace) if site.parameter not in whole]
+    sites, left = factorable(model, trace, free, example_inputs)
+    weights = {name for name in whole if len(trace.parameters[name].shape) > 1}
+    return sites, left | dict.fromkeys(sorted(weights), "it is protected")
+
+
+def _tables(
+    model: nn.Module, trace: Trace, left: Mapping[str, str], methods: Sequence[str], protect: Sequence[str]
+) -> tuple[dict[str, Op], dict[str, str]]:
+    """The embeddings that can be replaced and may be, and by parameter why anything is left."""
+    tables, others = find_tables(model, trace)
+    if "svd" not in methods:
+        others |= dict.fromkeys(tables, 'a table is factorised by the method "svd"')
+    others |= dict.fromkeys(tables.keys() & _matching(trace, protect), "it is protected")
+    free = {name: op for name, op in tables.items() if name not in others}
+    return free, {name: reason for name, reason in left.items() if name not in free} | others
+
+
+def _matching(trace: Trace, protect: Sequence[str]) -> set[str]:
+    return {name for pattern in protect for name in protected(pattern, trace.parameters)}
+
+
+def _gathered(
+    model: nn.Module, trace: Trace, calibration: Calibration, sites: Sequence[Site], tables: Sequence[str], seed: int
+) -> tuple[Mapping[Key, GramSums], Mapping[str, Tensor]]:
+    """What enters each site, and how often each token is looked up."""
+    collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
+    grams, counts = gather(model, trace, calibration, [collector, lambda: TokenCounter(tables)])
+    assert isinstance(grams, Grams)
+    return grams.sums, counts
+
+
+def built(layers: Sequence[Layer], choice: Choice, metric: str) -> tuple[FactorPlan, dict[str, tuple[Tensor, ...]]]:
+    """The plan of a choice, with the weights of the thin layers; of spatial kernels the better of both orders."""
     factors, weights = [], {}
     for layer in layers:
         if layer.name not in choice:
             continue
         found = []
         for option in _orders(layer, choice[layer.name], metric):
-            factor = Factor(
-                layer.name, option.kind, option.ranks, option.first, tuple(layer.problem.weight.shape), option.error
-            )
+            factor = layer.factor(option)
             made, error = factors_of(layer.problem, factor)
             found.append((error, replace(factor, error=error), made))
         _, factor, weights[layer.name] = min(found, key=lambda each: each[0])
         factors.append(factor)
-    return tuple(factors), weights
+    return FactorPlan(tuple(factors)), weights
 
 
 def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
@@ -173,7 +224,8 @@ def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
     return [option, *([max(others, key=lambda other: cost(other, metric))] if others else [])]
 
 
-def _scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+def scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+    """A note where the layers that were chosen have seen too few samples."""
     few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in choice]
     if not few:
         return []

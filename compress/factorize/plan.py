@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -12,16 +12,23 @@ from compress.plans import plan_kind
 from compress.sandbox import unwrapped
 
 VERSION = 1
-LAST = {"linear": "expand", "tucker2": "expand", "spatial": "second"}  # the child that gives the layer's outputs
+LAST = {
+    "linear": "expand",
+    "embedding": "expand",
+    "tucker2": "expand",
+    "spatial": "second",
+}  # the child that gives the layer's outputs
 
 
 @dataclass(frozen=True)
 class Factor:
     """The layer ``module``, of a weight with this ``shape``, becomes a layer of :mod:`layers.low_rank`.
 
-    ``kind`` is "linear", "tucker2" or "spatial" (``first`` says which kernel comes first); ``ranks`` are those of the
-    inputs' and of the outputs' side for "tucker2" (None: no 1 x 1 convolution there), else one number. ``error`` is
-    what the outputs lose on the calibration data, as a part of the variance of what they are added to.
+    ``kind`` is "linear", "embedding", "tucker2" or "spatial" (``first`` says which kernel comes first); ``ranks`` are
+    those of the inputs' and of the outputs' side for "tucker2" (None: no 1 x 1 convolution there), else one number,
+    each of all groups together. ``error`` is what the outputs lose on the calibration data, as a part of the variance
+    of what they are added to. ``settings`` are what a layer that is none of ``torch.nn`` does not tell: stride,
+    padding, dilation and groups of a convolution, "transposed" of a matrix of shape (inputs, outputs).
     """
 
     module: str
@@ -30,6 +37,7 @@ class Factor:
     first: str
     shape: tuple[int, ...]
     error: float
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def last(self) -> str:
@@ -51,8 +59,9 @@ class FactorPlan:
 
     @property
     def origins(self) -> dict[str, str]:
-        """Weights of the new model that give the outputs of a weight of the dense one, by name."""
-        return {f"{f.module}.{f.last}.weight": f"{f.module}.weight" for f in self.factors}
+        """Weights of the new model that give the outputs of a weight of the dense one, by name (tables have no inputs
+        to refit them by)."""
+        return {f"{f.module}.{f.last}.weight": f"{f.module}.weight" for f in self.factors if f.kind != "embedding"}
 
     def carry_out(self, model: nn.Module, *, inplace: bool = False, empty: bool = False) -> nn.Module:
         """See :meth:`compress.plans.Plan.carry_out`: layers are factorised by their own weights alone."""
@@ -91,7 +100,7 @@ class FactorPlan:
             ) from error
 
 
-def _factor_from(data: Mapping[str, object]) -> Factor:
+def _factor_from(data: Mapping[str, Any]) -> Factor:
     kind, ranks, first = data["kind"], data["ranks"], data["first"]
     if kind not in LAST or not isinstance(ranks, list) or len(ranks) != (2 if kind == "tucker2" else 1):
         raise ValueError(f"kind {kind!r} with ranks {ranks!r} is unknown")
@@ -99,5 +108,8 @@ def _factor_from(data: Mapping[str, object]) -> Factor:
         raise ValueError(f"ranks {ranks!r} are not positive numbers")
     if first not in ("", "vertical", "horizontal"):
         raise ValueError(f"first={first!r} is unknown")
-    shape = tuple(int(n) for n in data["shape"])  # type: ignore[attr-defined]
-    return Factor(str(data["module"]), str(kind), tuple(ranks), str(first), shape, float(data["error"]))  # type: ignore[arg-type]
+    shape = tuple(int(n) for n in data["shape"])
+    settings = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in data.get("settings", {}).items()
+    }
+    return Factor(str(data["module"]), str(kind), tuple(ranks), str(first), shape, float(data["error"]), settings)

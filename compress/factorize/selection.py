@@ -47,12 +47,16 @@ def within_budget(layers: Sequence[Layer], metric: str, total: int, fraction: fl
 
 
 def by_energy(layers: Sequence[Layer], energy: float, metric: str = "macs") -> Choice:
-    """Each layer by itself: the cheapest option that keeps this part of the second moment of its outputs."""
+    """Each layer by itself: the cheapest option that keeps this part of the second moment of its outputs.
+
+    What costs nothing by the metric (looking up embeddings takes no MACs) is compared by parameters.
+    """
     chosen = {}
     for layer in layers:
-        good = [o for o in _pareto(layer, metric) if o.error <= (1 - energy) * layer.energy]
+        unit = metric if cost(layer, metric) else "params"
+        good = [o for o in _pareto(layer, unit) if o.error <= (1 - energy) * layer.energy]
         if good:
-            chosen[layer.name] = min(good, key=lambda o: (cost(o, metric), o.error))
+            chosen[layer.name] = good[-1]  # they fall in cost
     return chosen
 
 

@@ -7,43 +7,54 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import PruneError
-from compress.factorize.decompositions import Factorisation, Problem, Split
+from compress.factorize.decompositions import Grouped, Problem, Split
 from compress.factorize.plan import Factor, FactorPlan
+from compress.factorize.tables import Table
 from compress.sandbox import unwrapped
-from layers.low_rank import LowRankLinear, SpatialConv, Tucker2Conv
+from layers.low_rank import LowRankEmbedding, LowRankLinear, SpatialConv, Tucker2Conv
 
-Dense = nn.Linear | nn.Conv1d | nn.Conv2d
-LowRank = LowRankLinear | Tucker2Conv | SpatialConv
+DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LowRank = LowRankLinear | LowRankEmbedding | Tucker2Conv | SpatialConv
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "embedding": (nn.Embedding,)}
 SPLITS = {"vertical": Split((0,)), "horizontal": Split((1,))}
 
 
-def factors_of(problem: Problem, factor: Factor) -> tuple[tuple[Tensor, ...], float]:
+def factors_of(problem: Problem | Table, factor: Factor) -> tuple[tuple[Tensor, ...], float]:
     """The weights of the thin layers, in the order in which they run, and the error that they leave.
 
     Raises:
         PruneError: a rank is above that of the whole matrix.
     """
     try:
+        if isinstance(problem, Table):
+            return problem.factors(factor.ranks[0] or 0)
+        first, *_ = ranks = _of_a_group(factor, problem.groups)
         if factor.kind == "spatial":
-            (rank,) = factor.ranks
-            assert rank is not None
-            first, second, error = Factorisation(problem, SPLITS[factor.first]).factors(rank)
-            return (first, second), error
-        inner, outer = factor.ranks if factor.kind == "tucker2" else (None, factor.ranks[0])
+            assert first is not None
+            one, two, error = Grouped(problem, SPLITS[factor.first]).factors(first)
+            return (one, two), error
+        inner, outer = ranks if factor.kind == "tucker2" else (None, first)
         weights: list[Tensor] = []
         error = 0.0
         if inner is not None:
-            split = Factorisation(problem, Split())
+            split = Grouped(problem, Split())
             reduce, core, error = split.factors(inner)
             weights = [reduce.flatten(1), core]
             problem = split.following(reduce) if outer is not None else problem
         if outer is not None:
-            core, expand, more = Factorisation(problem, Split(tuple(range(problem.weight.dim() - 2)))).factors(outer)
+            core, expand, more = Grouped(problem, Split(tuple(range(problem.weight.dim() - 2)))).factors(outer)
             weights = [*weights[:1], core, expand.flatten(1)]
             error += more
         return tuple(weights), error
     except PruneError as error_:
         raise PruneError(f"{factor.module!r} cannot become {factor.kind} of ranks {factor.ranks}: {error_}") from None
+
+
+def _of_a_group(factor: Factor, groups: int) -> tuple[int | None, ...]:
+    """Ranks of a plan count all groups together."""
+    if any(rank % groups for rank in factor.ranks if rank is not None):
+        raise PruneError(f"the layer has {groups} groups, which do not divide that")
+    return tuple(None if rank is None else rank // groups for rank in factor.ranks)
 
 
 def insert(
@@ -64,18 +75,24 @@ def insert(
     for factor in plan.factors:
         layer = dense[factor.module]
         if empty:
-            made[layer] = _as(layer, _by_size(layer, factor))
+            made[layer] = without_values(layer, factor)
             continue
         given = None if weights is None else weights.get(factor.module)
-        given = factors_of(Problem.of(layer.weight), factor)[0] if given is None else given
+        given = factors_of(_white(layer, factor), factor)[0] if given is None else given
         made[layer] = _as(layer, _from_weights(layer, factor, given))
     _replace(model, made)
+
+
+def without_values(layer: Any, factor: Factor) -> LowRank:
+    """What takes the place of ``layer``, with random weights."""
+    return _as(layer, _by_size(layer, factor))
 
 
 def unfactorize(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which every layer of :mod:`layers.low_rank` is multiplied back into one layer.
 
-    It computes the same, and has the class and the parameter names of the model before factorisation.
+    It computes the same, and has the class and the parameter names of the model before factorisation; a layer that was
+    no layer of ``torch.nn`` becomes one.
 
     >>> model = nn.Sequential(LowRankLinear(6, 4, rank=2), nn.ReLU())
     >>> unfactorize(model)[0]
@@ -84,7 +101,7 @@ def unfactorize(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(unwrapped(model))
     made: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, LowRankLinear | Tucker2Conv | SpatialConv):
+        if isinstance(module, LowRank):
             made[module] = module.merge().train(module.training)
     if model in made:
         return made[model]
@@ -92,17 +109,17 @@ def unfactorize(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checked(model: nn.Module, factor: Factor) -> Dense:
+def _checked(model: nn.Module, factor: Factor) -> Any:
     try:
         layer = model.get_submodule(factor.module)
     except AttributeError:
         raise PruneError(
             f"the plan replaces {factor.module!r}, which the model does not have: is it another class?"
         ) from None
-    kinds = (nn.Linear,) if factor.kind == "linear" else (nn.Conv1d, nn.Conv2d)
+    kinds = KINDS.get(factor.kind, DENSE[1:])
     weight = getattr(layer, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
-    if not isinstance(layer, kinds) or shape != factor.shape or not factor.module:
+    if not (factor.settings or isinstance(layer, kinds)) or shape != factor.shape or not factor.module:
         raise PruneError(
             f"the plan was made for {factor.module!r} with a weight of shape {factor.shape}, here it is a "
             f"{type(layer).__name__} with {shape}: apply it to a dense instance of the same architecture"
@@ -110,48 +127,64 @@ def _checked(model: nn.Module, factor: Factor) -> Dense:
     return layer
 
 
-def _from_weights(layer: Dense, factor: Factor, weights: Sequence[Tensor]) -> LowRank:
+def _white(layer: Any, factor: Factor) -> Problem | Table:
+    """The layer's own weight, as if its inputs were white."""
+    if factor.kind == "embedding":
+        return Table.of(layer.weight)
+    weight = layer.weight.T if factor.settings.get("transposed") else layer.weight
+    return Problem.of(weight, groups=1 if factor.kind == "linear" else _options(layer, factor)["groups"])
+
+
+def _from_weights(layer: Any, factor: Factor, weights: Sequence[Tensor]) -> LowRank:
     cast = [w.to(layer.weight) for w in weights]
+    if factor.kind == "embedding":
+        return LowRankEmbedding.from_factors(cast[0], cast[1], padding_idx=layer.padding_idx)
     bias = None if layer.bias is None else layer.bias.detach()
-    if isinstance(layer, nn.Linear):
+    if factor.kind == "linear":
         return LowRankLinear.from_factors(cast[1], cast[0], bias)
+    options = _options(layer, factor)
     if factor.kind == "spatial":
-        return SpatialConv.from_factors(cast[0], cast[1], bias, **_options(layer))
+        return SpatialConv.from_factors(cast[0], cast[1], bias, **options)
     inner, outer = factor.ranks
     return Tucker2Conv.from_factors(
         cast[0 if inner is None else 1],
         reduce=None if inner is None else cast[0],
         expand=None if outer is None else cast[-1],
         bias=bias,
-        **_options(layer),
+        **options,
     )
 
 
-def _by_size(layer: Dense, factor: Factor) -> LowRank:
+def _by_size(layer: Any, factor: Factor) -> LowRank:
     """Parameters without values that matter."""
+    rank = factor.ranks[0] or 0
+    if factor.kind == "embedding":
+        return LowRankEmbedding(*factor.shape, rank, padding_idx=layer.padding_idx)  # type: ignore[misc]
     bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        assert factor.ranks[0] is not None
-        return LowRankLinear(layer.in_features, layer.out_features, factor.ranks[0], bias=bias)
-    sizes = layer.in_channels, layer.out_channels, layer.kernel_size
+    outputs, inputs, *kernel = factor.shape
+    if factor.kind == "linear":
+        sizes = (outputs, inputs) if factor.settings.get("transposed") else (inputs, outputs)
+        return LowRankLinear(*sizes, rank, bias=bias)
+    options = _options(layer, factor)
+    inputs *= options["groups"]
     if factor.kind == "spatial":
-        assert factor.ranks[0] is not None
-        return SpatialConv(*sizes, factor.ranks[0], first=factor.first, bias=bias, **_options(layer))  # type: ignore[arg-type]
-    return Tucker2Conv(*sizes, factor.ranks, bias=bias, **_options(layer))  # type: ignore[arg-type]
+        return SpatialConv(inputs, outputs, (kernel[0], kernel[1]), rank, first=factor.first, bias=bias, **options)
+    return Tucker2Conv(inputs, outputs, kernel, (factor.ranks[0], factor.ranks[1]), bias=bias, **options)
 
 
-def _options(layer: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
-    return {"stride": layer.stride, "padding": _padding(layer), "dilation": layer.dilation}
+def _options(layer: Any, factor: Factor) -> dict[str, Any]:
+    if factor.settings:
+        return dict(factor.settings)
+    return {"stride": layer.stride, "padding": _padding(layer), "dilation": layer.dilation, "groups": layer.groups}
 
 
-def _padding(layer: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
+def _padding(layer: Any) -> tuple[int, ...]:
     """As numbers; `_reversed_padding_repeated_twice` has both ends of each axis, the last axis first."""
-    if not isinstance(layer.padding, str):
-        return layer.padding
-    return tuple(layer._reversed_padding_repeated_twice[::-2])
+    padding = layer._reversed_padding_repeated_twice[::-2] if isinstance(layer.padding, str) else layer.padding
+    return tuple(padding)
 
 
-def _as(layer: Dense, made: LowRank) -> LowRank:
+def _as(layer: Any, made: LowRank) -> LowRank:
     """On the device, in the dtype and in the mode of ``layer``, and trainable as it is."""
     made = made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
     return made.requires_grad_(layer.weight.requires_grad)

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from layers.nuclear import singular_values
 from mtl.sharing.collapse import Collapsed, factorise
 from mtl.sharing.couplings import Coupling, Stacked
-from mtl.sharing.couplings.nuclear import singular_values
 from mtl.sharing.matching import Matching, Tensors, match
 from mtl.sharing.slots import Slots, by_task_calls, forget_counters, task_index
 from mtl.sharing.stacks import Stacks

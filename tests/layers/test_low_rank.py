@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import compress
 import layers
 
 D = torch.float64
@@ -30,6 +31,33 @@ def test_linear(bias: bool) -> None:
     given = layers.LowRankLinear.from_factors(expand, reduce, torch.ones(5, dtype=D) if bias else None)
     x = torch.randn(4, 7, dtype=D)
     np.testing.assert_allclose(given(x).detach(), x @ (expand @ reduce).T + (1 if bias else 0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_embedding(padding_idx: int | None) -> None:
+    layer = layers.LowRankEmbedding(20, 6, 4, padding_idx=padding_idx).to(D)
+    indices = torch.tensor([[3, 19], [0, 3]])
+    merged = layer.merge()
+    assert type(merged) is nn.Embedding
+    assert merged.padding_idx == padding_idx
+    torch.testing.assert_close(merged(indices), layer(indices), rtol=1e-11, atol=1e-12)
+    table, expand = torch.randn(20, 4, dtype=D), torch.randn(6, 4, dtype=D)
+    given = layers.LowRankEmbedding.from_factors(table, expand, padding_idx=padding_idx)
+    np.testing.assert_allclose(given(indices).detach(), (table @ expand.T)[indices], rtol=1e-12)
+    given(indices).sum().backward()
+    assert bool(given.table.weight.grad[3].any()) == (padding_idx is None)
+
+
+def test_the_rank_of_an_embedding_can_be_pruned() -> None:
+    model = nn.Sequential(layers.LowRankEmbedding(20, 6, 8), nn.Linear(6, 3)).to(D)
+    graph = compress.trace(model, torch.zeros(2, 5, dtype=torch.long))
+    assert any({m.parameter for m in group.members} == {"0.table.weight", "0.expand.weight"} for group in graph.groups)
+
+
+def test_convolutions_of_three_axes() -> None:
+    for ranks in ((2, 3), (None, 3), (2, None)):
+        options = {"stride": (1, 2, 1), "padding": 1}
+        same(layers.Tucker2Conv(4, 6, (2, 3, 3), ranks, **options).to(D), (2, 4, 5, 6, 7))
 
 
 @pytest.mark.parametrize("ranks", [(4, 6), (None, 6), (4, None), (None, None)])
@@ -91,6 +119,11 @@ def test_given_factors_stay_their_own() -> None:
 
 Z = torch.zeros
 BAD = [
+    (lambda: layers.LowRankEmbedding(4, 0, 2), "LowRankEmbedding: embedding_dim must be an integer of at least 1"),
+    (
+        lambda: layers.LowRankEmbedding.from_factors(Z(4, 3), Z(5, 2)),
+        r"LowRankEmbedding: expand must have shape \(embedding_dim, 3\)",
+    ),
     (lambda: layers.LowRankLinear(4, 4, 0), "LowRankLinear: rank must be an integer of at least 1, but is 0"),
     (
         lambda: layers.LowRankLinear.from_factors(Z(4, 3), Z(2, 5)),
@@ -103,7 +136,7 @@ BAD = [
     (lambda: layers.LowRankLinear(4, 4, 2)(Z(2, 5)), r"LowRankLinear: x must have shape \(\.\.\., 4\)"),
     (lambda: layers.Tucker2Conv(4, 4, (3, 3), (0, 2)), r"Tucker2Conv: ranks\[0\] must be an integer of at least 1"),
     (lambda: layers.Tucker2Conv(4, 4, (3, 3), (3, 2), groups=2), "groups must divide all .* 2 does not divide 3"),
-    (lambda: layers.Tucker2Conv(4, 4, (3, 3, 3), (2, 2)), "kernel_size must have 1 or 2 numbers.* but has 3"),
+    (lambda: layers.Tucker2Conv(4, 4, (3, 3, 3, 3), (2, 2)), "kernel_size must have 1 to 3 numbers.* but has 4"),
     (lambda: layers.Tucker2Conv(4, 4, (3, 3), (2, 2), strides=2), "strides is no argument; there are stride"),
     (lambda: layers.Tucker2Conv(4, 4, (3, 3), (2, 2), padding="same"), "padding must be an integer.* but is 'same'"),
     (lambda: layers.Tucker2Conv.from_factors(Z(4, 3, 3), reduce=Z(2, 5)), r"reduce must have shape \(3, "),

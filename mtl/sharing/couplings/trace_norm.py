@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from layers.nuclear import nuclear_norms, shrinkages
 from mtl.sharing.couplings.base import Scaled, Stacked
-from mtl.sharing.couplings.nuclear import nuclear_norms, shrinkages
 
 Unfold = Literal["last", "tucker", "tt"]
 Of = Literal["weights", "deviations"]

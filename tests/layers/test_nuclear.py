@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtl.sharing.couplings import nuclear
-from mtl.sharing.couplings.nuclear import effective_rank, nuclear_norms, shrinkages, singular_values
+from layers import nuclear
+from layers.nuclear import effective_rank, nuclear_norms, shrinkages, singular_values
 
 
 def gradient_by_svd(matrix: Tensor) -> Tensor:
