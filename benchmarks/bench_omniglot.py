@@ -4,13 +4,16 @@ Claim: with both sides tuned alike, the best way of sharing is at least 1.5 poin
 1 and at 2 training drawings, paired over seeds, and the confidence interval excludes 0. The data are no part of prunus:
 name the folder with the published archives by --data.
 
-Every arm is the same network of three blocks (convolution, batch norm, ReLU, max-pooling) and a linear head; what
-differs is which of these modules all tasks have in common. "union" adds a softmax over the characters of all alphabets
-to the loss. Every arm tries the same ``CANDIDATES`` and takes the best by its validation drawings (3 of each character,
-other seeds than the ones reported); the seeds of the table divide the drawings and start the network, alike for all
-arms. Accuracy is on the drawings that are left, mean over alphabets.
+Every arm is the same network of three blocks (convolution, batch norm, ReLU, and max-pooling but for the first, which
+has stride 2) and a linear head; what differs is which of these modules all tasks have in common. "union" adds a softmax
+over the characters of all alphabets to the loss; the last two arms couple the convolutions of networks that share
+nothing. Every arm tries the same ``CANDIDATES``, each with two kinds of statistics for its batch norms (those of the
+distorted drawings in training, or of the drawings as they are), and takes the best by validation drawings (8 of each
+character, of another seed than the ones reported). The seeds of the table divide the drawings and start the network,
+alike for all arms. Accuracy is on the drawings that are left, mean over alphabets.
 
-Each trained network is one row, written as soon as it is there: the same command goes on where it was interrupted.
+Each trained network is two rows, one for each kind of statistics, written as soon as it is there: the same command goes
+on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -20,62 +23,28 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 from scipy import stats
-from torch import Tensor, nn
 
 from benchmarks.common import parser, skipped, wide_console, write_results
-from mtl.data import TaskData, num_outputs, omniglot
+from benchmarks.omniglot_networks import ARMS, BATCH_SIZE, STATISTICS, WIDTHS, Recipe, train
+from mtl.data import TaskData, omniglot
 
-WIDTHS = (16, 32, 64)
-BATCH_SIZE = 16  # drawings of each alphabet in a step
 TUNING_SEEDS = (1000,)
-CONVOLUTIONS, NORMS = {"conv1", "conv2", "conv3"}, {"norm1", "norm2", "norm3"}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way of sharing: names of the shared modules, and the factor of the union softmax in the loss."""
-
-    shared: frozenset[str] = frozenset()
-    union: float = 0.0
-
-
-ARMS = {
-    "single-task": Arm(),
-    "all": Arm(frozenset(CONVOLUTIONS | NORMS)),
-    "convolutions": Arm(frozenset(CONVOLUTIONS)),  # batch norms are private
-    "first two": Arm(frozenset({"conv1", "norm1", "conv2", "norm2"})),
-    "convolutions + union": Arm(frozenset(CONVOLUTIONS), union=1.0),
-    "all + union": Arm(frozenset(CONVOLUTIONS | NORMS), union=1.0),
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How an arm is trained; ``augmentation`` scales shift, rotation, zoom and shear alike."""
-
-    steps: int = 300
-    lr: float = 3e-3
-    weight_decay: float = 0.05
-    augmentation: float = 1.0
-
-
+VALIDATION = 8  # drawings of each character to choose a recipe by
 CANDIDATES = (
     Recipe(),
-    Recipe(augmentation=0.6),
-    Recipe(augmentation=1.5),
-    Recipe(weight_decay=0.5),
-    Recipe(lr=1e-2),
-    Recipe(steps=600, augmentation=1.5),
+    Recipe(steps=600, augmentation=2.0, sharing=0.3),
+    Recipe(lr=3e-2, sharing=3.0),
+    Recipe(steps=600, augmentation=2.0, weight_decay=0.5),
 )
+Choice = tuple[Recipe, str]  # and one of STATISTICS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return skipped(f"{Path(__file__).name} needs --data FOLDER with the archives of Omniglot")
     torch.set_num_threads(1)
     try:
-        rows = _Rows(config.output, arguments)
+        rows = _Rows(config.output, arguments, config)
         for drawings in config.drawings:
             _compare(rows, config, drawings)
     except (ValueError, OSError) as error:
@@ -104,21 +73,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare(rows: _Rows, config: Any, drawings: int) -> None:
     """Tune every arm, then train every arm on every seed, arms in turn."""
     for seed in TUNING_SEEDS:
-        data = omniglot(config.data, train=drawings, seed=seed)
+        data = omniglot(config.data, train=drawings, validation=VALIDATION, seed=seed)
         for recipe in CANDIDATES:
             for arm in config.arms:
                 rows.add(arm, drawings, seed, recipe, data, "validation")
     for seed in range(config.seeds):
-        data = omniglot(config.data, train=drawings, seed=seed)
+        data = omniglot(config.data, train=drawings, validation=0, seed=seed)
         for arm in config.arms:
-            rows.add(arm, drawings, seed, rows.best(arm, drawings), data, "test")
+            rows.add(arm, drawings, seed, rows.best(arm, drawings)[0], data, "test")
+
+
+def choices() -> list[Choice]:
+    """What every arm may be tuned to."""
+    return [(recipe, statistics) for recipe in CANDIDATES for statistics in STATISTICS]
 
 
 class _Rows:
     """Results that are kept in a file: what is there already is not trained again."""
 
-    def __init__(self, path: Path, arguments: Sequence[str]) -> None:
-        self._path, self._arguments = path, arguments
+    def __init__(self, path: Path, arguments: Sequence[str], config: Any) -> None:
+        self._path, self._arguments, self._config = path, arguments, config
         self._rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
 
     def add(self, arm: str, drawings: int, seed: int, recipe: Recipe, data: Mapping[str, TaskData], split: str) -> None:
@@ -126,26 +100,38 @@ class _Rows:
         if any(all(row[name] == value for name, value in key.items()) for row in self._rows):
             return
         start = time.process_time()
-        accuracy = train(ARMS[arm], recipe, data, seed, split)
-        row = key | {"accuracy": accuracy, "cpu_seconds": round(time.process_time() - start, 1)}
-        print(row, file=sys.stderr, flush=True)
-        self._rows.append(row)
-        settings = {"widths": WIDTHS, "batch_size": BATCH_SIZE, "tuning_seeds": TUNING_SEEDS}
-        write_results(self._path, self._arguments, {"settings": settings, "summary": self.summary, "rows": self._rows})
+        accuracies = train(ARMS[arm], recipe, data, seed, split)
+        seconds = round(time.process_time() - start, 1)
+        for statistics, accuracy in accuracies.items():
+            self._rows.append(key | {"statistics": statistics, "accuracy": accuracy, "cpu_seconds": seconds})
+        print(f"{len(self._rows) // len(STATISTICS)} networks:", key, accuracies, file=sys.stderr, flush=True)
+        settings = {"widths": WIDTHS, "batch_size": BATCH_SIZE, "tuning_seeds": TUNING_SEEDS, "validation": VALIDATION}
+        results = {"settings": settings, "missing": self._missing(), "summary": self.summary, "rows": self._rows}
+        write_results(self._path, self._arguments, results, ("scipy",))
 
-    def best(self, arm: str, drawings: int) -> Recipe:
+    def _missing(self) -> list[str]:
+        """What was asked for and is not there yet: an interrupted run says so."""
+        found = []
+        for drawings in self._config.drawings:
+            for arm in self._config.arms:
+                if seeds := self._config.seeds - len(self._tested(arm, drawings)):
+                    found.append(f"drawings: {drawings}, {arm}: {seeds} of {self._config.seeds} seeds")
+        return found
+
+    def best(self, arm: str, drawings: int) -> Choice:
         """The candidate with the best mean over the tuning seeds."""
-        found = {recipe: self._accuracies(arm, drawings, "validation", recipe) for recipe in CANDIDATES}
-        return max(found, key=lambda recipe: mean(found[recipe].values()))
+        return max(choices(), key=lambda choice: mean(self._of(arm, drawings, "validation", choice).values()))
 
     @property
     def summary(self) -> list[dict[str, Any]]:
         """Mean and deviation in points for each arm, and its paired gain over single-task with a 95 % interval."""
         found = []
         for drawings, arm in sorted({(row["drawings"], row["arm"]) for row in self._rows if row["split"] == "test"}):
-            ours, single = (self._accuracies(name, drawings, "test") for name in (arm, "single-task"))
+            ours, single = (self._tested(name, drawings) for name in (arm, "single-task"))
             line = {"drawings": drawings, "arm": arm, "seeds": len(ours), "accuracy": mean(ours.values())}
-            line["deviation"] = stdev(ours.values()) if len(ours) > 1 else None
+            line |= {"deviation": stdev(ours.values()) if len(ours) > 1 else None}
+            recipe, statistics = self.best(arm, drawings)
+            line |= {"recipe": asdict(recipe), "statistics": statistics}
             paired = [ours[seed] - single[seed] for seed in ours if seed in single]
             if arm != "single-task" and len(paired) > 1:
                 half = float(stats.t.ppf(0.975, len(paired) - 1)) * stdev(paired) / math.sqrt(len(paired))
@@ -153,108 +139,16 @@ class _Rows:
             found.append(line)
         return found
 
-    def _accuracies(self, arm: str, drawings: int, split: str, recipe: Recipe | None = None) -> dict[int, float]:
-        return {
-            row["seed"]: row["accuracy"]
-            for row in self._rows
-            if (row["arm"], row["drawings"], row["split"]) == (arm, drawings, split)
-            and (recipe is None or row["recipe"] == asdict(recipe))
-        }
+    def _tested(self, arm: str, drawings: int) -> dict[int, float]:
+        """Test accuracy by seed, with the recipe that was chosen; empty before one was."""
+        if not all(self._of(arm, drawings, "validation", choice) for choice in choices()):
+            return {}
+        return self._of(arm, drawings, "test", self.best(arm, drawings))
 
-
-class Network(nn.Module):
-    """A network per task; modules named in ``shared`` are one for all.
-
-    Args:
-        outputs: classes of each task
-        arm: what is shared
-    """
-
-    def __init__(self, outputs: Mapping[str, int], arm: Arm) -> None:
-        super().__init__()
-        self.tasks, self.stages = list(outputs), nn.ModuleDict()
-        channels = 1
-        for number, width in enumerate(WIDTHS, start=1):
-            for name in (f"conv{number}", f"norm{number}"):
-                copies = 1 if name in arm.shared else len(outputs)
-                build = (nn.Conv2d, (channels, width, 3, 1, 1)) if name[0] == "c" else (nn.BatchNorm2d, (width,))
-                self.stages[name] = nn.ModuleList(build[0](*build[1]) for _ in range(copies))
-            channels = width
-        self.heads = nn.ModuleList(nn.Linear(channels * 9, number) for number in outputs.values())
-        self.union = nn.Linear(channels * 9, sum(outputs.values())) if arm.union else None
-
-    def features(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Images (B_t, 1, 28, 28) of each task -> features (B_t, D) of each."""
-        sizes, inputs = [len(part) for part in images], torch.cat(list(images))
-        for name, copies in self.stages.items():
-            if len(copies) == 1:
-                inputs = copies[0](inputs)
-            else:
-                inputs = torch.cat([own(part) for own, part in zip(copies, inputs.split(sizes), strict=True)])
-            if name.startswith("norm"):
-                inputs = F.max_pool2d(F.relu(inputs, inplace=True), 2)
-        return list(inputs.flatten(1).split(sizes))
-
-
-def train(arm: Arm, recipe: Recipe, data: Mapping[str, TaskData], seed: int, split: str) -> float:
-    """Accuracy on a split, mean over tasks, after training on "train"."""
-    torch.manual_seed(seed)
-    network = Network(num_outputs(data), arm)
-    optimizer = torch.optim.AdamW(network.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps)
-    generator = torch.Generator().manual_seed(seed)
-    train_set = [_tensors(task, own, "train") for task, own in data.items()]
-    offsets = torch.tensor([0, *num_outputs(data).values()]).cumsum(0)
-    network.train()
-    for _ in range(recipe.steps):
-        # with replacement, so that alphabets of all sizes give batches of one size
-        chosen = [torch.randint(len(labels), (BATCH_SIZE,), generator=generator) for _, labels in train_set]
-        images = torch.cat([own[rows] for (own, _), rows in zip(train_set, chosen, strict=True)])
-        labels = [own[rows] for (_, own), rows in zip(train_set, chosen, strict=True)]
-        features = network.features(distort(images, recipe.augmentation, generator).split(BATCH_SIZE))
-        loss = torch.stack(
-            [F.cross_entropy(head(x), y) for head, x, y in zip(network.heads, features, labels, strict=True)]
-        ).sum()
-        if network.union is not None:
-            everyone = torch.cat([y + offset for y, offset in zip(labels, offsets[:-1], strict=True)])
-            loss = loss + arm.union * len(data) * F.cross_entropy(network.union(torch.cat(features)), everyone)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return _accuracy(network, [_tensors(task, own, split) for task, own in data.items()])
-
-
-def distort(images: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Images (B, 1, H, W), each moved, turned, zoomed and sheared at random.
-
-    At amount 1: by up to 3 pixels of 28, 0.25 radians, 15 % and 0.2, uniformly.
-    """
-    limits = amount * torch.tensor([6 / 28, 6 / 28, 0.25, 0.15, 0.15, 0.2])
-    right, down, angle, wide, high, shear = ((2 * torch.rand(len(images), 6, generator=generator) - 1) * limits).unbind(
-        1
-    )
-    cos, sin = angle.cos(), angle.sin()
-    wide, high = wide.exp(), high.exp()
-    rows = (cos * wide, (shear * cos - sin) * high, right, sin * wide, (shear * sin + cos) * high, down)
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def _tensors(task: str, data: TaskData, split: str) -> tuple[Tensor, Tensor]:
-    part = getattr(data, split)
-    return part.inputs.float() / 255, part.targets[task]
-
-
-@torch.no_grad()
-def _accuracy(network: Network, data: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Mean over tasks."""
-    network.eval()
-    features = network.features([images for images, _ in data])
-    return mean(
-        float((head(x).argmax(1) == labels).float().mean())
-        for head, x, (_, labels) in zip(network.heads, features, data, strict=True)
-    )
+    def _of(self, arm: str, drawings: int, split: str, choice: Choice) -> dict[int, float]:
+        """Accuracy by seed."""
+        key = {"arm": arm, "drawings": drawings, "split": split, "recipe": asdict(choice[0]), "statistics": choice[1]}
+        return {row["seed"]: row["accuracy"] for row in self._rows if all(row[name] == key[name] for name in key)}
 
 
 def _print(lines: Sequence[Mapping[str, Any]]) -> None:

@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from torch import nn
 
 from mtl.evaluation import evaluate
@@ -28,7 +29,8 @@ from mtl.weighting import Weighting, resolve
 
 _STRENGTH = 1e-3
 _COUPLINGS: dict[str, Callable[[float], Coupling]] = {"l2": L2Coupling, "trace_norm": TraceNorm}
-_COLUMNS = 8  # more tasks than that are not shown one by one
+_COLUMNS = 8  # more tasks than that are not columns
+_ARROWS = {"max": "↑", "min": "↓"}
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class Comparison:
         directions: "max" or "min" by task
         reference: the method that the others are compared with
         seeds: in the order of the metrics
+        parameters: by method, numbers in all its models together
     """
 
     metrics: Mapping[str, Mapping[str, Sequence[float]]]
     directions: Mapping[str, Direction]
     reference: str
     seeds: Sequence[int]
+    parameters: Mapping[str, int] = field(default_factory=dict)
 
     def delta_m(self, method: str) -> list[float]:
         """Relative gain over the reference in percent, for each seed: see ``mtl.delta_m``. A task whose reference is 0
@@ -76,19 +80,36 @@ class Comparison:
             gains.append(delta_m(here, there, self.directions) if there else math.nan)
         return gains
 
+    def interval(self, method: str) -> tuple[float, float] | None:
+        """Where the expected delta m lies with 95 % confidence, by Student's t: the differences are paired, seed by
+        seed, so what a seed does to both methods drops out. None with fewer than two seeds, or where one is NaN."""
+        gains = self.delta_m(method)
+        if len(gains) < 2 or not all(map(math.isfinite, gains)):
+            return None
+        half = float(stats.t.ppf(0.975, len(gains) - 1)) * stdev(gains) / math.sqrt(len(gains))
+        return mean(gains) - half, mean(gains) + half
+
+    def better(self, method: str) -> int:
+        """How many tasks are better than with the reference, on average over the seeds."""
+        signs = {task: 1 if direction == "max" else -1 for task, direction in self.directions.items()}
+        here, there = self.metrics[method], self.metrics[self.reference]
+        return sum(sign * (mean(here[task]) - mean(there[task])) > 0 for task, sign in signs.items())
+
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""
         return {
             "metrics": {name: {task: list(found) for task, found in row.items()} for name, row in self.metrics.items()},
             "delta_m": {name: self.delta_m(name) for name in self.metrics},
+            "interval": {name: self.interval(name) for name in self.metrics if name != self.reference},
             "directions": dict(self.directions),
             "reference": self.reference,
             "seeds": list(self.seeds),
+            "parameters": dict(self.parameters),
         }
 
     def __str__(self) -> str:
-        """A row per method: mean and deviation over the seeds of each task's metric (of the mean over tasks where there
-        are many of one kind) and of delta m."""
+        """A row per method: parameters, mean and deviation over the seeds of each task's metric (of the mean over tasks
+        where there are many of one kind) and of delta m, its interval, and how many tasks are better."""
         many = len(self.directions) > _COLUMNS
         columns: Mapping[str, Direction] = self.directions
         if many:
@@ -96,24 +117,46 @@ class Comparison:
             columns = {f"mean of {len(self.directions)} tasks": next(iter(self.directions.values()))} if one else {}
         table = Table(title=f"mean ± deviation over {len(self.seeds)} seeds; delta m against {self.reference!r}")
         table.add_column("method")
-        arrows = {"max": "↑", "min": "↓"}
+        if self.parameters:
+            table.add_column("parameters", justify="right")
         for column, direction in columns.items():
-            table.add_column(f"{column} {arrows[direction]}", justify="right")
-        table.add_column("delta m, %", justify="right")
+            table.add_column(f"{column} {_ARROWS[direction]}", justify="right")
+        for column in ("delta m, %", "95 % interval", "tasks better"):
+            table.add_column(column, justify="right")
         for name, row in self.metrics.items():
             shown = [[mean(found) for found in zip(*row.values(), strict=True)]] if many else list(row.values())
             cells = [_spread(values, "{:.4g}") for values in shown[: len(columns)]]
-            gain = "" if name == self.reference else _spread(self.delta_m(name), "{:+.2f}")
-            table.add_row(name, *cells, gain)
-        text = io.StringIO()
-        Console(file=text, width=40 + 24 * (len(columns) + 1)).print(table)
-        return text.getvalue().rstrip()
+            size = [f"{self.parameters[name]:,}"] if self.parameters else []
+            table.add_row(name, *size, *cells, *([] if name == self.reference else self._gain(name)))
+        if len(self.seeds) < 2:
+            table.caption = "one seed: what differs may be chance; give several"
+        return _text(table, len(columns) + 3)
+
+    def by_task(self) -> str:
+        """A row per task and a column per method: mean and deviation of the metric over the seeds."""
+        table = Table(title=f"mean ± deviation over {len(self.seeds)} seeds")
+        table.add_column("task")
+        for name in self.metrics:
+            table.add_column(name, justify="right")
+        for task, direction in self.directions.items():
+            cells = [_spread(row[task], "{:.4g}") for row in self.metrics.values()]
+            table.add_row(f"{task} {_ARROWS[direction]}", *cells)
+        return _text(table, len(self.metrics))
+
+    def _gain(self, method: str) -> list[str]:
+        interval = self.interval(method)
+        shown = "" if interval is None else f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+        return [
+            _spread(self.delta_m(method), "{:+.2f}"),
+            shown,
+            f"{self.better(method)} of {len(self.directions)}",
+        ]
 
 
 def compare(
     tasks: Task | Sequence[Task],
     data: Any,
-    methods: Sequence[str | Method],
+    methods: str | Method | Sequence[str | Method],
     *,
     test: Any,
     trunk: Callable[[], nn.Module] | None = None,
@@ -125,7 +168,10 @@ def compare(
     folder: str | os.PathLike[str] | None = None,
     reference: str | None = None,
 ) -> Comparison:
-    """Train every method with every seed on the same data, and evaluate each on the test data.
+    """Train every method with every seed on the same data, and evaluate each on the test data: does sharing help?
+
+    Give the methods the same care: options that were tuned for one favour it. ``print`` shows the gain over the
+    reference with an interval: where it excludes 0, and there are several seeds, it is no chance of the seeds.
 
     Args:
         tasks: one or more
@@ -148,7 +194,8 @@ def compare(
         ValueError: for no or unknown methods or seeds, two methods of one name, and what ``mtl.fit`` refuses.
     """
     tasks, options = check_tasks(tasks), options or FitOptions()
-    chosen = [standard_method(name, trunk, head) if isinstance(name, str) else name for name in methods]
+    several = [methods] if isinstance(methods, str | Method) else methods
+    chosen = [standard_method(name, trunk, head) if isinstance(name, str) else name for name in several]
     names = [method.name for method in chosen]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods are {names}: give at least one, each with a name of its own")
@@ -163,6 +210,7 @@ def compare(
     if not numbers:
         raise ValueError("there is no seed: give at least one")
     metrics: dict[str, dict[str, list[float]]] = {name: {task.name: [] for task in tasks} for name in names}
+    sizes = {name: {task.name: 0 for task in tasks} for name in names}
     for seed in numbers:
         for method in chosen:
             own = replace(method.options or options, seed=seed)
@@ -172,14 +220,18 @@ def compare(
                 if folder is not None:
                     place = Path(folder) / method.name.replace(":", "-").replace(" ", "-") / f"seed-{seed}"
                     place = place / group[0].name if method.apart else place
-                for name, value in _run(method, group, parts, epochs, own, place).items():
+                found, sizes[method.name][group[0].name] = _run(method, group, parts, epochs, own, place)
+                for name, value in found.items():
                     metrics[method.name][name].append(value)
-    return Comparison(metrics, {name: found for name, found in directions.items() if found}, reference, numbers)
+    known = {name: direction for name, direction in directions.items() if direction}
+    parameters = {name: sum(by_task.values()) for name, by_task in sizes.items()}
+    return Comparison(metrics, known, reference, numbers, parameters)
 
 
 def _run(
     method: Method, tasks: Sequence[Task], parts: Sequence[Any], epochs: int, options: FitOptions, folder: Path | None
-) -> dict[str, float]:
+) -> tuple[dict[str, float], int]:
+    """Test metrics by task, and the number of parameters."""
     data, validation, test = parts
     with preserved_rng():
         torch.manual_seed(options.seed)
@@ -194,7 +246,7 @@ def _run(
             folder=folder,
             options=options,
         )
-        return evaluate(model, tasks, test)
+        return evaluate(model, tasks, test), sum(parameter.numel() for parameter in model.parameters())
 
 
 def _part(data: Any, tasks: Sequence[Task]) -> Any:
@@ -237,6 +289,12 @@ def standard_method(
         f"unknown method {name!r}: use single, hard, hard:WEIGHTING, private norms, soft:l2, soft:trace_norm, or a "
         "mtl.Method"
     )
+
+
+def _text(table: Table, columns: int) -> str:
+    text = io.StringIO()
+    Console(file=text, width=60 + 24 * columns).print(table)
+    return text.getvalue().rstrip()
 
 
 def _spread(values: Sequence[float], form: str) -> str:

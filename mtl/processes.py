@@ -3,11 +3,13 @@
 Every process iterates the same data in the same order and keeps its rows of each batch, so that the losses, and with
 them the numbers, are those of one process. Gradients are averaged after the backward pass rather than by
 ``DistributedDataParallel``: that also serves weightings that need the tasks' gradients one by one, and models that do
-not use every parameter in every step. Batch norm sees the rows of its own process only.
+not use every parameter in every step. Batch norm sees the rows of its own process only, unless it is a synchronised
+one: ``check_batch_norm`` says so.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,6 +98,24 @@ class Processes:
             values = tensor.detach().contiguous()
             dist.broadcast(values, 0)
             tensor.copy_(values)
+
+    def check_batch_norm(self, model: nn.Module) -> None:
+        """Warn, in the first process, where batch norms make the numbers differ from those of one process.
+
+        Synchronised ones (``torch.nn.SyncBatchNorm``, ``layers.SyncBatchNorm``) are known by their process group.
+        """
+        norms = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not hasattr(module, "process_group")
+        ]
+        if norms and self.size > 1 and self.is_first:
+            warnings.warn(
+                f"batch norm in {self.size} processes: {norms[0]!r} and {len(norms) - 1} more take their statistics "
+                "from a process's part of each batch, so the numbers are not those of one process; use "
+                "layers.SyncBatchNorm.convert(model), or larger batches",
+                stacklevel=3,
+            )
 
     def wait(self) -> None:
         """Until all are here."""

@@ -50,7 +50,8 @@ def fit(
     gives its model and history at once. The folder also holds TensorBoard events.
 
     Under ``torchrun`` or ``accelerate launch`` each process takes its part of every batch, and the numbers are those of
-    one process up to rounding: see ``mtl.processes``. Batch norm sees a process's part only.
+    one process up to rounding: see ``mtl.processes``. Batch norm sees a process's part only, which is a warning, unless
+    it is a synchronised one.
 
     Args:
         model: gives ``{task: output}``, or a tensor where there is one task. Afterwards its modules are in the modes,
@@ -104,6 +105,7 @@ def fit(
             stack.enter_context(placement.applied_to(module))
             stack.enter_context(mode(module, training=training))
         stepper = Stepper(model, tasks, combine, options, placement, distillation, penalty)
+        stepper.processes.check_batch_norm(model)
         progress = _Progress(stepper, epochs, store)
         if saved is not None:
             progress.load(saved)

@@ -10,11 +10,24 @@ from torch import nn
 
 import layers
 from mtl import Task
-from mtl.data import TaskData, cifar100_tasks, csv, digits_tasks, image_folder, num_outputs, omniglot, school_tasks
+from mtl.data import (
+    TaskData,
+    cifar10_tasks,
+    cifar100_tasks,
+    csv,
+    digits_tasks,
+    image_folder,
+    num_outputs,
+    omniglot,
+    school_tasks,
+)
 from mtl.data.tasks import of_images
 from scripts.sources import build_model
 
-SOURCES = "digits, school:PATH.mat, omniglot:FOLDER, csv:PATH, imagefolder:FOLDER (of one per task) or cifar100:PATH"
+SOURCES = (
+    "digits, school:PATH.mat, omniglot:FOLDER, csv:PATH, imagefolder:FOLDER (of one per task), cifar10:PATH or "
+    "cifar100:PATH"
+)
 
 Data = TaskData | Mapping[str, TaskData]
 
@@ -39,6 +52,7 @@ def open_tasks(
         "omniglot": lambda: omniglot(path, train=shots),
         "csv": lambda: csv(path, targets or (), features=features, classes=classes or ()),
         "imagefolder": lambda: _image_folders(Path(path), image_size),
+        "cifar10": lambda: cifar10_tasks(path),
         "cifar100": lambda: cifar100_tasks(path),
     }
     if kind not in readers or (kind == "digits") != (not path):

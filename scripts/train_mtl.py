@@ -17,6 +17,7 @@ from scripts.task_sources import builders, open_tasks, tasks_of
 
 RESULT_FILE = "comparison.json"
 TEST_BATCH_SIZE = 500
+MANY_TASKS = 8  # the table of methods has a column for each of so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class TrainMtlConfig:
 
     Args:
         data: digits (six tasks, nothing to download), school:PATH.mat, omniglot:FOLDER, csv:PATH (a file with all
-            targets, or a folder with TASK.csv for each task), imagefolder:FOLDER (with TASK/train and TASK/test), or
-            cifar100:PATH (the 20 super-classes are the tasks)
+            targets, or a folder with TASK.csv for each task), imagefolder:FOLDER (with TASK/train and TASK/test),
+            cifar10:PATH (three tasks: vehicles, mammals, others) or cifar100:PATH (the 20 super-classes are the tasks)
         methods: single, hard, hard:WEIGHTING, "private norms", soft:l2 or soft:trace_norm (:STRENGTH); see mtl.compare.
             WEIGHTING is uncertainty, dwa, gradnorm, random, geometric, pcgrad, mgda, cagrad, imtl, nash, upgrad or
             aligned
@@ -125,6 +126,8 @@ def run(config: TrainMtlConfig) -> Comparison:
     text = json.dumps(found.to_json(), indent=1) + "\n"
     write_file(folder / RESULT_FILE, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(found)
+    if len(found.directions) > MANY_TASKS:
+        print(found.by_task())
     print(f"in {folder}: {RESULT_FILE}, {CONFIG_FILE}, and a folder for each run (mtl.restore loads its weights)")
     print(f"curves: tensorboard --logdir {folder}")
     return found

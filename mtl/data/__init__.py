@@ -6,15 +6,15 @@
 ((32, 1, 8, 8), 10)
 
 Several tasks are one ``TaskData`` where they share their inputs (``digits_tasks``, ``csv`` of a file), and a dict of
-one per task where each has its own (``omniglot``, ``cifar100_tasks``, ``school_tasks``, ``csv`` of a folder);
-``loaders`` and ``num_outputs`` take either.
+one per task where each has its own (``omniglot``, ``cifar10_tasks``, ``cifar100_tasks``, ``school_tasks``, ``csv`` of
+a folder); ``loaders`` and ``num_outputs`` take either.
 
 >>> tasks = digits_tasks()
 >>> num_outputs(tasks)
 {'digit': 10, 'parity': 2, 'large': 2, 'prime': 2, 'remainder': 3, 'ink': 1}
 """
 
-from mtl.data.cifar import cifar10, cifar100, cifar100_tasks
+from mtl.data.cifar import cifar10, cifar10_tasks, cifar100, cifar100_tasks, class_tasks
 from mtl.data.digits import digits, digits_tasks
 from mtl.data.folder import image_folder
 from mtl.data.images import ImageData, Split
@@ -32,8 +32,10 @@ __all__ = [
     "TaskData",
     "TensorLoader",
     "cifar10",
+    "cifar10_tasks",
     "cifar100",
     "cifar100_tasks",
+    "class_tasks",
     "csv",
     "digits",
     "digits_tasks",

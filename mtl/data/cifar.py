@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision import datasets
 
+from mtl.data.folder import image_folder
 from mtl.data.images import ImageData, Split, carve, channel_statistics, check_normalization, take
 from mtl.data.tasks import TaskData, of_images
 
@@ -35,6 +37,14 @@ SUPER_CLASSES = {
     "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
     "vehicles_1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
     "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
+
+
+# CIFAR-10 as three tasks of like things
+CIFAR10_TASKS = {
+    "vehicles": ("airplane", "automobile", "ship", "truck"),
+    "mammals": ("cat", "deer", "dog", "horse"),
+    "others": ("bird", "frog"),
 }
 
 
@@ -76,6 +86,23 @@ def cifar100(
     return _load(datasets.CIFAR100, path, (mean, std), validation, seed)
 
 
+def cifar10_tasks(
+    path: str | os.PathLike[str],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> dict[str, TaskData]:
+    """CIFAR-10 as three tasks with images of their own: four vehicles, four mammals, a bird and a frog.
+
+    ``path`` is as for ``cifar10``, or a folder with ``train/CLASS/`` and ``test/CLASS/``. Other arguments, and errors,
+    are those of ``cifar10``.
+    """
+    read = image_folder if (Path(path) / "train").is_dir() else cifar10
+    return class_tasks(read(path, mean=mean, std=std, validation=validation, seed=seed), CIFAR10_TASKS)
+
+
 def cifar100_tasks(
     path: str | os.PathLike[str],
     *,
@@ -86,18 +113,34 @@ def cifar100_tasks(
 ) -> dict[str, TaskData]:
     """CIFAR-100 as 20 tasks with images of their own: each super-class tells its five classes apart.
 
-    All tasks are normalised alike. Arguments and errors are those of ``cifar10``.
+    Arguments and errors are those of ``cifar10``.
     """
-    data = cifar100(path, mean=mean, std=std, validation=validation, seed=seed)
+    return class_tasks(cifar100(path, mean=mean, std=std, validation=validation, seed=seed), SUPER_CLASSES)
+
+
+def class_tasks(data: ImageData, groups: Mapping[str, Sequence[str]]) -> dict[str, TaskData]:
+    """Tasks with images of their own, each telling some of the classes apart; all are normalised alike.
+
+    Args:
+        data: images with names of their classes
+        groups: by task, the names of its classes
+
+    Raises:
+        ValueError: for a class that there is not.
+    """
     tasks = {}
-    for name, members in SUPER_CLASSES.items():
+    for name, members in groups.items():
+        if unknown := sorted(set(members) - set(data.class_names)):
+            raise ValueError(
+                f"task {name!r}: there is no class {unknown[0]!r}; there are {', '.join(data.class_names)}"
+            )
         classes = torch.tensor([data.class_names.index(member) for member in members])
-        train, validation_split, test = (
+        train, validation, test = (
             None if split is None else _only(split, classes) for split in (data.train, data.validation, data.test)
         )
         assert train is not None
         assert test is not None
-        own = replace(data, train=train, validation=validation_split, test=test, class_names=members)
+        own = replace(data, train=train, validation=validation, test=test, class_names=tuple(members))
         tasks[name] = of_images(name, own)
     return tasks
 

@@ -14,6 +14,7 @@ True
 from mtl.linear.gaussian_process import HierarchicalGP
 from mtl.linear.mixed_effects import MixedEffectsRegressor
 from mtl.linear.ridge import IndependentRidge, MeanRegularizedRidge, PooledRidge
+from mtl.linear.stacked import StackedRegressor
 from mtl.linear.trace_norm import TraceNormRegressor
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "MeanRegularizedRidge",
     "MixedEffectsRegressor",
     "PooledRidge",
+    "StackedRegressor",
     "TraceNormRegressor",
 ]

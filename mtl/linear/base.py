@@ -105,7 +105,7 @@ class LinearTaskRegressor(TaskRegressor):
         if self.alpha == "cv":
             candidates = self._default_alphas(everything) if candidates is None else candidates
             errors = np.zeros(len(candidates))
-            for rows in _folds(index, self.folds, self.random_state):
+            for rows in folds_of(index, self.folds, self.random_state):
                 held_out = statistics(columns[rows], targets[rows], index[rows], len(self.tasks_))
                 rest = everything - held_out
                 errors += [held_out.squared_error(weights) for weights in self._path(rest, candidates)]
@@ -161,7 +161,7 @@ def feature_groups(groups: Sequence[int] | None, num_features: int, default: NDA
     return found.astype(np.intp)
 
 
-def _folds(task: Task, num_folds: int, seed: int) -> Iterator[NDArray[np.bool_]]:
+def folds_of(task: Task, num_folds: int, seed: int) -> Iterator[NDArray[np.bool_]]:
     """Masks (N,) of the rows held out in turn; the rows of each task go to the folds in equal numbers."""
     random = np.random.default_rng(seed)
     shuffled = random.permutation(len(task))

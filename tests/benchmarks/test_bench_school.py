@@ -6,7 +6,8 @@ import pytest
 from scipy.io import savemat
 
 from benchmarks import bench_school
-from mtl.linear import MeanRegularizedRidge, TraceNormRegressor
+from benchmarks.school_network import NetworkRegressor
+from mtl.linear import MeanRegularizedRidge, PooledRidge, TraceNormRegressor
 
 
 @pytest.fixture
@@ -48,6 +49,11 @@ def test_every_model_is_a_row_and_finished_splits_are_kept(
     document = json.loads(output.read_text())
     assert document["rows"][:3] == first
     assert len(document["rows"]) == 6
+    monkeypatch.setitem(models, "pooled ridge", lambda: PooledRidge("cv"))
+    assert bench_school.main([*flags, "--splits", "2"]) == 0
+    added = json.loads(output.read_text())["rows"]
+    assert added[:6] == document["rows"]
+    assert [(row["model"], row["split"]) for row in added[6:]] == [("pooled ridge", 0), ("pooled ridge", 1)]
     for line in document["summary"]:
         assert line["splits"] == 2
         assert line["within"] < line["explained"] < 1
@@ -65,3 +71,13 @@ def test_explained_variance_by_hand() -> None:
     scores, school = np.array([1.0, 3.0, 7.0, 9.0]), np.array([0, 0, 1, 1])
     found = bench_school.explained(scores, np.array([2.0, 2.0, 8.0, 9.0]), school)
     assert found == {"explained": pytest.approx(1 - 3 / 40), "within": pytest.approx(1 - 3 / 4)}
+
+
+def test_the_network_knows_schools_apart_as_far_as_its_prior_lets_it() -> None:
+    random = np.random.default_rng(0)
+    school = np.repeat(np.arange(4), 60)
+    features = random.normal(size=(240, 3))
+    scores = 20 + 4 * np.sin(features[:, 0]) + 3 * (school - 1.5) + random.normal(size=240)
+    for deviation, low, high in ((1.0, 0.85, 1.0), (1e-3, 0.0, 0.6)):
+        model = NetworkRegressor(deviation=deviation, epochs=60, members=2).fit(features[::2], scores[::2], school[::2])
+        assert low < model.score(features[1::2], scores[1::2], school[1::2]) < high

@@ -3,6 +3,7 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from mtl import Comparison, FitOptions, HardShared, Method, Task, compare, evaluate, fit
@@ -41,6 +42,9 @@ def test_every_method_is_trained_with_every_seed_on_its_tasks(tmp_path: Path) ->
     assert calls == [(["a", "b"], 3), (["a", "b"], 5)]
     assert found.reference == "single"
     assert found.delta_m("single") == [0, 0]
+    alone = {task.name: HardShared(trunk(), {task.name: head(task)}) for task in TASKS}
+    assert found.parameters["single"] == sum(p.numel() for model in alone.values() for p in model.parameters())
+    assert found.parameters["hard"] < found.parameters["single"]
     for method in found.metrics:
         assert {task: len(values) for task, values in found.metrics[method].items()} == {"a": 2, "b": 2}
     assert (tmp_path / "single" / "seed-3" / "a" / "fit.pt").exists()
@@ -78,6 +82,31 @@ def test_the_table_shows_mean_deviation_and_gain() -> None:
     assert "0.55 ± 0.071" in text
     assert f"{mean(gains):+.2f} ± {stdev(gains):.2g}" in text
     assert found.to_json()["delta_m"]["hard"] == pytest.approx(gains)
+    expected = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    assert found.interval("hard") == pytest.approx((expected.low, expected.high))
+    assert f"{expected.low:+.2f} to {expected.high:+.2f}" in text
+    assert found.better("hard") == 2
+    assert "2 of 2" in text
+
+
+def test_one_seed_has_no_interval_and_says_so() -> None:
+    metrics = {"single": {"a": [0.5], "b": [2.0]}, "hard": {"a": [0.4], "b": [1.0]}}
+    found = Comparison(metrics, {"a": "max", "b": "min"}, "single", [0])
+    assert found.interval("hard") is None
+    assert "one seed" in str(found)
+    assert "1 of 2" in str(found)
+
+
+def test_many_tasks_have_a_table_of_their_own() -> None:
+    tasks = [f"task{index}" for index in range(12)]
+    metrics = {"single": {task: [0.5, 0.7] for task in tasks}, "hard": {task: [0.8, 0.8] for task in tasks}}
+    found = Comparison(metrics, dict.fromkeys(tasks, "max"), "single", [0, 1], {"single": 1200, "hard": 100})
+    assert "mean of 12 tasks" in str(found)
+    assert "1,200" in str(found)
+    lines = found.by_task().splitlines()
+    (line,) = (line for line in lines if "task11" in line)
+    assert "0.6 ± 0.14" in line
+    assert "0.8 ± 0" in line
 
 
 @pytest.mark.parametrize(
@@ -93,4 +122,4 @@ def test_bad_methods_are_refused(methods: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare(TASKS, data(), methods, test=data(), trunk=trunk, head=head, epochs=1, options=OPTIONS)
     with pytest.raises(ValueError, match="builds its models from trunk= and head="):
-        compare(TASKS, data(), ["hard"], test=data())
+        compare(TASKS, data(), "hard", test=data())

@@ -15,6 +15,7 @@ from mtl.data import (
     TaskData,
     cifar,
     cifar100_tasks,
+    class_tasks,
     csv,
     digits_tasks,
     load_school,
@@ -183,6 +184,14 @@ def test_each_super_class_has_its_own_images(monkeypatch: pytest.MonkeyPatch) ->
     inputs, targets = next(iter(loaders(tasks, "test")["fish"]))
     assert inputs.shape == (15, 3, 32, 32)
     assert set(targets) == {"fish"}
+
+
+def test_classes_that_there_are_not_are_named() -> None:
+    split = Split(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4) % 2)
+    data = ImageData(split, None, split, ("cat", "dog"), (0.5,), (0.2,))
+    assert num_outputs(class_tasks(data, {"pets": ("dog", "cat"), "dogs": ("dog",)})) == {"pets": 2, "dogs": 1}
+    with pytest.raises(ValueError, match="task 'cars': there is no class 'car'; there are cat, dog"):
+        class_tasks(data, {"cars": ("car",)})
 
 
 # CSV

@@ -14,7 +14,7 @@ from mtl.linear import (
     PooledRidge,
     TraceNormRegressor,
 )
-from mtl.linear.base import TaskRegressor, _folds
+from mtl.linear.base import TaskRegressor, folds_of
 from mtl.linear.statistics import Scaling
 
 ESTIMATORS: list[TaskRegressor] = [
@@ -136,7 +136,7 @@ def test_cross_validation_errors_are_those_of_held_out_rows() -> None:
     index = task // 10 - 1
     model = IndependentRidge("cv", alphas=[1.0], folds=4).fit(features, target, task)
     error, seen = 0.0, np.zeros(len(task), int)
-    for held_out in _folds(index, 4, 0):
+    for held_out in folds_of(index, 4, 0):
         seen += held_out
         for number in range(4):
             fit_on, test_on = ~held_out & (index == number), held_out & (index == number)
