@@ -235,8 +235,8 @@ def test_a_criterion_that_sees_no_data_can_be_combined() -> None:
 
 
 def test_what_cannot_be_combined_is_said(graph: ChannelGraph) -> None:
-    def prune(model: nn.Module = two(), **options: object) -> None:
-        compress.prune(model, inputs()[0], budget=Budget(macs=0.6), **options)
+    def prune(model: nn.Module | None = None, **options: object) -> None:
+        compress.prune(model or two(), inputs()[0], budget=Budget(macs=0.6), **options)
 
     with pytest.raises(PruneError, match="combine='best' is unknown: choose one of mean, max, balanced"):
         prune(combine="best")
