@@ -14,6 +14,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,8 +32,8 @@ from compress.tasks import ByTask
 from mtl import FitOptions, HardShared, Task, TraceNorm, evaluate, fit
 from mtl.data import MISSING_CLASS, TaskData, TensorLoader, digits, loaders, num_outputs, omniglot
 
-WIDTHS = (16, 32, 64)
-ARMS: dict[str, str | None] = {"mixed": None, "mean": "mean", "max": "max", "balanced": "balanced"}
+WIDTHS = (8, 16, 32)
+ARMS: dict[str, str | None] = {"mixed": None, "mean": "mean", "balanced": "balanced"}
 DRAWINGS = 8  # of a character to train on; the other 12 are for the test
 
 
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     flags.add_argument("--data", type=Path, help="folder with images_background_small1.zip and ..._small2.zip")
     flags.add_argument("--seeds", type=int, default=3)
+    flags.add_argument("--jobs", type=int, default=1, help="seeds at the same time, each in a process of one thread")
     flags.add_argument("--epochs", type=int, default=15, help="of the hard-shared model")
     flags.add_argument("--macs", type=float, default=1 / 3, help="that are kept of the hard-shared model")
     flags.add_argument("--stack-epochs", type=int, default=8)
@@ -55,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if part == "balanced" and config.data is None:
             skipped(f"{Path(__file__).name} needs --data FOLDER with the archives of Omniglot for 'balanced'")
             continue
-        runs = [run for seed in range(config.seeds) for run in PARTS[part](config, seed)]
+        with ProcessPoolExecutor(config.jobs, get_context("fork")) as pool:
+            found = pool.map(PARTS[part], [config] * config.seeds, range(config.seeds))
+            runs = [run for runs in found for run in runs]
         results[part] = {**SUMMARIES[part](runs), "runs": runs}
     settings = {name: value for name, value in vars(config).items() if name not in ("output", "data")}
     if results:

@@ -29,6 +29,8 @@ from compress.tasks import ByTask, is_by_task, views_of, whole
 from compress.trace import ExampleInputs, record
 from compress.verify import check_repeatable
 
+HELD_OUT = 10  # of so many batches one tells what recovery helps, up to one of each task
+
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -138,7 +140,7 @@ def prune(
     def repair(pruned: nn.Module, plan: PrunePlan) -> Recovery | None:
         if not methods or data is None or not plan.groups:
             return None
-        held_out = len(views) if isinstance(data, ByTask) else 1
+        held_out = max(1, min(len(views), len(data) // HELD_OUT)) if isinstance(data, ByTask) else 1
         return recovered(pruned, model, plan, data, methods, seed=seed, num_held_out=held_out)
 
     while True:

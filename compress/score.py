@@ -19,7 +19,7 @@ from compress.evidence import Evidence, Values
 from compress.gradients import collect_gradients
 from compress.gram import GramCollector, Grams, removable_sites
 from compress.removal import Removal
-from compress.tasks import View, is_by_task
+from compress.tasks import ByTask, View, is_by_task
 from compress.trial import Trial, first_samples
 from compress.watch import Collector, gather
 
@@ -38,18 +38,20 @@ def collect_evidence(
 ) -> list[Evidence]:
     """What ``criteria`` look at, for each of ``views``: collected in one pass for all criteria (gradients in another).
 
+    Activations are those on the view's own data. Gram matrices are of the data of all views together: which channels
+    can stand in for which takes many rows to know, and only where all agree on it do their losses add up. What it
+    costs each view is tried on its own data.
+
     Calibration data were checked by :func:`check_needs`. A warning says where they have too few samples
     for a Gram matrix.
     """
     wanted = {kind for criterion in criteria for kind in needs(criterion)}
-    gathered: dict[int, Evidence] = {}  # by the calibration data: tasks may have the same
-    found = []
-    for view in views:
-        key = id(view.calibration)
-        if key not in gathered:
-            gathered[key] = _gathered(Evidence(model, graph, seed=seed), wanted, view.calibration)
-        found.append(_of_view(gathered[key], wanted, view))
-    return found
+    first = views[0].calibration
+    alike = all(view.calibration is first for view in views)
+    pooled = first if alike else ByTask({str(view.task): view.calibration or () for view in views})
+    base = _gathered(Evidence(model, graph, seed=seed), wanted if alike else wanted - {"activations"}, pooled)
+    own = set() if alike else wanted & {"activations"}
+    return [_of_view(_gathered(base, own, view.calibration), wanted, view) for view in views]
 
 
 def _gathered(evidence: Evidence, wanted: AbstractSet[str], calibration: Calibration | None) -> Evidence:
@@ -63,10 +65,7 @@ def _gathered(evidence: Evidence, wanted: AbstractSet[str], calibration: Calibra
     if not kinds or calibration is None:
         return evidence
     found = gather(evidence.model, graph.trace, calibration, [makers[kind] for kind in kinds])
-    evidence = replace(evidence, **dict(zip(kinds, found, strict=True)))
-    if evidence.grams is not None:
-        _warn_of_few(evidence.grams)
-    return evidence
+    return replace(evidence, **dict(zip(kinds, found, strict=True)))
 
 
 def _of_view(evidence: Evidence, wanted: AbstractSet[str], view: View) -> Evidence:
@@ -78,11 +77,12 @@ def _of_view(evidence: Evidence, wanted: AbstractSet[str], view: View) -> Eviden
     if "gradients" in wanted:
         evidence = replace(evidence, gradients=collect_gradients(model, graph, calibration, view.loss, view))
     if (grams := evidence.grams) is not None:
+        grams = replace(grams, sums={key: own for key, own in grams.sums.items() if view.reaches(own.site.op)})
+        _warn_of_few(grams)
         # criteria that know what a removal does to consumers ask what that does to the outputs
         number = max(TRIAL_PASSES * grams.num_samples // max(len(graph.sizes), 1), 16)
         inputs = first_samples((inputs for inputs, _ in batches(calibration, model)), min(number, grams.num_samples))
-        sums = {key: own for key, own in grams.sums.items() if view.reaches(own.site.op)}
-        evidence = replace(evidence, grams=replace(grams, sums=sums), trial=Trial(model, inputs, view))
+        evidence = replace(evidence, grams=grams, trial=Trial(model, inputs, view))
     return evidence
 
 
