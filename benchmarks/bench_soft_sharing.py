@@ -34,6 +34,7 @@ DIGIT_RULES: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {  # task: numb
     "prime": (2, lambda digit: torch.isin(digit, torch.tensor([2, 3, 5, 7])).long()),
     "with_loop": (2, lambda digit: torch.isin(digit, torch.tensor([0, 6, 8, 9])).long()),
 }
+DIGIT_TASKS = [Task(name, loss=nn.CrossEntropyLoss()) for name in DIGIT_RULES]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,27 +166,33 @@ def _collapse(config: Any) -> Result:
     }
 
 
+def digits_loader(split: Any, *, shuffle: bool = False) -> TensorLoader:
+    """Images of digits with a target for each of ``DIGIT_RULES``."""
+    targets = {name: rule(split.labels) for name, (_, rule) in DIGIT_RULES.items()}
+    return TensorLoader(split.images, targets, batch_size=64, shuffle=shuffle)
+
+
+def trained_stack(seed: int, epochs: int, coupling: TraceNorm | None) -> tuple[SoftShared, dict[str, Tensor]]:
+    """Networks for ``DIGIT_RULES``, trained with the coupling, and the spectra of their stacks before."""
+    torch.manual_seed(seed)
+    model = SoftShared(lambda task: digits_cnn(DIGIT_RULES[task.name][0]), DIGIT_TASKS, coupling)
+    start = model.spectra()
+    options = FitOptions(seed=seed, device="cpu", precision="fp32", progress=False)
+    fit(model, DIGIT_TASKS, digits_loader(digits().train, shuffle=True), epochs=epochs, options=options)
+    return model, start
+
+
 def _collapsed(config: Any, seed: int) -> Result:
     data = digits()
-    tasks = [Task(name, loss=nn.CrossEntropyLoss()) for name in DIGIT_RULES]
-
-    def loader(split: Any, *, shuffle: bool = False) -> TensorLoader:
-        targets = {name: rule(split.labels) for name, (_, rule) in DIGIT_RULES.items()}
-        return TensorLoader(split.images, targets, batch_size=64, shuffle=shuffle)
-
-    def trained(coupling: TraceNorm | None) -> tuple[SoftShared, dict[str, Any]]:
-        torch.manual_seed(seed)
-        model = SoftShared(lambda task: digits_cnn(DIGIT_RULES[task.name][0]), tasks, coupling)
-        start = model.spectra()
-        options = FitOptions(seed=seed, device="cpu", precision="fp32", progress=False)
-        fit(model, tasks, loader(data.train, shuffle=True), epochs=config.epochs, options=options)
-        return model, {"start": _shown(start), "end": _shown(model.spectra())}
 
     def accuracy(model: nn.Module) -> float:
-        return mean(evaluate(model, tasks, loader(data.test)).values())
+        return mean(evaluate(model, DIGIT_TASKS, digits_loader(data.test)).values())
 
-    alone, spectra_alone = trained(None)
-    model, spectra = trained(TraceNorm(config.strength, of="deviations", proximal=True))
+    def shown(model: SoftShared, start: dict[str, Tensor]) -> dict[str, Any]:
+        return {"start": _shown(start), "end": _shown(model.spectra())}
+
+    alone, start_alone = trained_stack(seed, config.epochs, None)
+    model, start = trained_stack(seed, config.epochs, TraceNorm(config.strength, of="deviations", proximal=True))
     small = model.collapse(energy=config.energy)
     return {
         "seed": seed,
@@ -195,8 +202,8 @@ def _collapsed(config: Any, seed: int) -> Result:
         "parameters_kept": _size(small) / _size(model),
         "parameters_kept_without_trace_norm": _size(alone.collapse(energy=config.energy)) / _size(alone),
         "ranks": small.ranks,
-        "spectra": spectra,
-        "spectra_without_trace_norm": spectra_alone,
+        "spectra": shown(model, start),
+        "spectra_without_trace_norm": shown(alone, start_alone),
     }
 
 

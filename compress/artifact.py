@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress.errors import ArtifactError, PruneError
-from compress.plans import Plan, read_plan
+from compress.errors import ArtifactError
+from compress.plans import Plan, plan_kind, read_plan
+from compress.sandbox import unwrapped
 
 FORMAT = "prunus"
 VERSION = 1
@@ -25,13 +26,14 @@ def save(result: Any, path: str | os.PathLike[str], *, plan: Plan | None = None)
 
     Args:
         result: what :func:`compress.prune`, :func:`compress.factorize` or :func:`compress.iterate` gave, or a module
-            with its ``plan``.
+            with its ``plan``. A module may say itself by which plan it was made of a fresh one (``made_by``, as what
+            ``mtl.SoftShared.collapse`` gives): then that comes first, unless ``plan`` is given.
 
     Raises:
         ArtifactError: no plan, or the folder does not exist.
     """
     model = result if isinstance(result, nn.Module) else result.model
-    plan = plan if plan is not None else getattr(result, "plan", None)
+    plan = plan if plan is not None else _plan_of(result, model)
     if not isinstance(plan, Plan):
         raise ArtifactError(
             "save needs the plan that made the model: save(result, path) or save(model, path, plan=plan)"
@@ -55,10 +57,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ArtifactError: the file is missing, damaged, not an artefact of :func:`save`, or of another architecture.
     """
+    for kind in getattr(unwrapped(model), "plan_kinds", ()):  # what its class can be made into, besides what we can
+        plan_kind(kind)
     plan, aliases, tensors = _read(Path(path))
     try:
-        pruned = plan.carry_out(model, empty=True)  # (nothing is decomposed: the weights are in the file)
-    except PruneError as error:
+        pruned = plan.carry_out(unwrapped(model), empty=True)  # (nothing is decomposed: the weights are in the file)
+    except ValueError as error:
         raise ArtifactError(f"{str(path)!r} does not fit this model: {error}") from error
     tensors.update({name: tensors[source] for name, source in aliases.items() if source in tensors})
     expected = pruned.state_dict()
@@ -69,6 +73,15 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise ArtifactError(f"{str(path)!r} does not fit this model: {shown} differ; build it with the same arguments")
     pruned.load_state_dict(tensors)
     return pruned
+
+
+def _plan_of(result: Any, model: nn.Module) -> Plan | None:
+    """All that was done since the model was fresh."""
+    from compress.shrink.plan import ShrinkPlan
+
+    first, second = getattr(model, "made_by", None), getattr(result, "plan", None)
+    steps = tuple(plan for plan in (first, second) if isinstance(plan, Plan))
+    return ShrinkPlan(steps) if len(steps) == 2 else next(iter(steps), None)
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -104,9 +117,11 @@ def _read(path: Path) -> tuple[Plan, dict[str, str], dict[str, Tensor]]:
     if header.get("version") != str(VERSION):
         raise ArtifactError(f"{str(path)!r} has format version {header.get('version')}, not {VERSION}: upgrade prunus")
     try:
-        return read_plan(header["plan"]), dict(json.loads(header.get("aliases", "{}"))), tensors
-    except PruneError as error:
+        plan = read_plan(header["plan"])
+    except ValueError as error:  # (a plan's own package has its own errors)
         raise ArtifactError(f"{str(path)!r}: {error}") from error
+    try:
+        return plan, dict(json.loads(header.get("aliases", "{}"))), tensors
     except (ValueError, TypeError) as error:
         raise ArtifactError(
             f"{str(path)!r} names its shared tensors in no way known ({error}): save it again"

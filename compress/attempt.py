@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -32,7 +33,7 @@ class Attempt:
         self.model, self.inputs, self.graph = model, example_inputs, graph
         self.before = cost_of(model, graph.trace)
         self.notes: list[str] = []
-        self._built: dict[tuple[tuple[int, int], ...], tuple[nn.Module, PrunePlan]] = {}
+        self._built: dict[tuple[Any, ...], tuple[nn.Module, PrunePlan]] = {}
 
     def select(self, removals: Sequence[Removal], budget: Budget, options: SelectOptions) -> Selection:
         """What goes so that the cost, predicted where it is latency, meets the budget."""
@@ -99,7 +100,7 @@ class Attempt:
 
     def pruned(self, selection: Selection) -> tuple[nn.Module, PrunePlan]:
         """The pruned copy of the model, and its plan."""
-        key = tuple(sorted(selection.lumps.items()))
+        key = *sorted(selection.lumps.items()), *((g, tuple(u.tolist())) for g, u in sorted(selection.units.items()))
         if key not in self._built:
             self._built.clear()  # one at a time: models are large
             plan = self.plan(selection)

@@ -1,6 +1,6 @@
 """First-order effect of each channel on the loss, gathered in one pass over labelled calibration data."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from compress.channels import ChannelGraph, ChannelGroup, Member
 from compress.errors import CalibrationError, first_line
 from compress.labels import Array
 from compress.sandbox import untouched
+from compress.tasks import EVERYTHING, Loss, View
 from compress.trace import ExampleInputs, as_arguments, describe
 
 Values = npt.NDArray[np.float64]
-Loss = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FirstOrder:
 
 
 def collect_gradients(
-    model: nn.Module, graph: ChannelGraph, calibration: Calibration, loss: Loss | None = None
+    model: nn.Module, graph: ChannelGraph, calibration: Calibration, loss: Loss | None = None, view: View = EVERYTHING
 ) -> FirstOrder:
     """One pass, forward and backward, over all batches of ``calibration`` in evaluation mode.
 
@@ -41,6 +41,7 @@ def collect_gradients(
 
     Args:
         loss: ``loss(output, target)``, a scalar; cross-entropy on class indices if None.
+        view: the task whose output and target it compares.
 
     Raises:
         CalibrationError: targets are missing or do not fit, or activations or gradients are not finite; says where.
@@ -54,7 +55,7 @@ def collect_gradients(
     with untouched(model), _differentiable([parameters[name] for name in names]):
         model.eval()
         for number, (inputs, target) in enumerate(batches(calibration, model), start=1):
-            value = _loss(model, inputs, target, loss, number - 1)
+            value = _loss(model, inputs, target, loss, number - 1, view)
             found = torch.autograd.grad(value, [parameters[name] for name in names], allow_unused=True)
             products = _Products(dict(zip(names, found, strict=True)), parameters, number - 1)
             for total, (group, members) in zip(totals, judged, strict=True):
@@ -91,15 +92,17 @@ def _differentiable(parameters: list[nn.Parameter]) -> Iterator[None]:
                 parameter.requires_grad_(required)
 
 
-def _loss(model: nn.Module, inputs: ExampleInputs, target: Any, loss: Loss | None, batch: int) -> Tensor:
+def _loss(model: nn.Module, inputs: ExampleInputs, target: Any, loss: Loss | None, batch: int, view: View) -> Tensor:
     if target is None:
         raise CalibrationError(
             f"calibration batch {batch} has no target, which gradients need: pass pairs (input, target), "
             "or choose a criterion without gradients"
         )
+    if isinstance(target, Mapping) and view.task is not None and view.task not in target:
+        raise CalibrationError(f"calibration batch {batch} has no target for task {view.task!r}")
     args, kwargs = as_arguments(inputs)
     try:
-        output = model(*args, **kwargs)
+        output, target = view.of(model(*args, **kwargs)), view.of(target)
     except Exception as error:
         raise CalibrationError(
             f"calibration batch {batch} ({describe(inputs)}) does not fit the model: {first_line(error)}"

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,7 +15,7 @@ from compress.budget import Budget
 from compress.errors import PruneError
 from compress.folder import claim, write_file
 from compress.plan import PrunePlan
-from compress.report import CURVE, HISTORY, TABLE, RoundRecord, write_events, write_history
+from compress.report import CURVE, HISTORY, TABLE, RoundRecord, several, write_events, write_history
 from compress.rounds import MODEL, Evaluate, PruneOptions, Recipe, Rounds
 from compress.schedule import Schedule
 from compress.seeding import preserved_random_state
@@ -41,7 +41,14 @@ class StopRule:
 
     def allows(self, dense: RoundRecord, now: RoundRecord) -> bool:
         """Whether the round is still good enough."""
-        return max(dense.metrics[name] - now.metrics[name] for name in dense.metrics) <= self.max_drop
+        return self.worst(dense, now)[1] <= self.max_drop
+
+    @staticmethod
+    def worst(dense: RoundRecord, now: RoundRecord) -> tuple[str, float]:
+        """The metric that dropped most, and by how much."""
+        drops = {name: dense.metrics[name] - now.metrics[name] for name in dense.metrics}
+        name = max(drops, key=lambda name: drops[name])
+        return name, drops[name]
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ class RunResult:
             before, after = getattr(self.before, name), getattr(self.after, name)
             share = f"{after / before:.1%}" if before else "-"
             lines.append(f"{name:<16}{before:>16{form}} -> {after:>16{form}}  {share:>7}")
+            if name == "accuracy":  # and below it that of each task
+                for task, old in several(self.before).items():
+                    lines.append(f"  {task:<14}{old:>16{form}} -> {self.after.metrics[task]:>16{form}}")
         return "\n".join([*lines, self.stopped] if self.stopped else lines)
 
 
@@ -132,8 +142,10 @@ def _reason_to_stop(records: Sequence[RoundRecord], stop: StopRule | None) -> st
     dense, now = records[0], records[-1]
     if stop is None or stop.allows(dense, now):
         return None
+    name, drop = stop.worst(dense, now)
+    of = f"task {name!r}" if several(now) else "accuracy"
     return (
-        f"stopped at round {now.round}, which lost {dense.accuracy - now.accuracy:.4f} of accuracy "
+        f"stopped at round {now.round}, which lost {drop:.4f} of {of} "
         f"(allowed: {stop.max_drop:g}); the result is round {now.round - 1}"
     )
 
@@ -172,4 +184,6 @@ def _describe(model: nn.Module, example_inputs: Any, recipe: Recipe, stop: StopR
 def _name(value: object) -> object:
     """Plain data as they are; a function or object by its name."""
     plain = (str, int, float, bool, type(None), tuple, list)
+    if isinstance(value, Mapping):
+        return {key: _name(item) for key, item in value.items()}
     return value if isinstance(value, plain) else getattr(value, "__qualname__", type(value).__qualname__)

@@ -8,9 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from compress.attempt import Attempt
+from compress.balance import TaskLosses
 from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration
 from compress.channels import ChannelGraph, trace
+from compress.choice import COMBINATIONS, Chooser
 from compress.cost import Cost, cost_of
 from compress.criteria import Criterion, resolve
 from compress.errors import PruneError
@@ -20,11 +22,14 @@ from compress.recorder import Trace
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
-from compress.score import check_needs, collect_evidence, removals_of
+from compress.score import check_needs, collect_evidence, judge
 from compress.select import FLOOR, SelectOptions
 from compress.surgery import move_optimizer
+from compress.tasks import ByTask, is_by_task, views_of, whole
 from compress.trace import ExampleInputs, record
 from compress.verify import check_repeatable
+
+HELD_OUT = 10  # of so many batches one tells what recovery helps, up to one of each task
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class PruneResult:
     scores: Mapping[str, Values] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     recovery: Recovery | None = None
+    task_losses: Mapping[str, float] = field(default_factory=dict)
 
     def summary(self) -> str:
         """Before and after as a table, with what is left of each layer."""
@@ -60,8 +66,9 @@ def prune(
     budget: Budget,
     criterion: str | Criterion = "l2",
     scope: str = "global",
-    calibration: Calibration | None = None,
-    loss: Callable[..., Any] | None = None,
+    combine: str | None = None,
+    calibration: Calibration | Mapping[str, Calibration] | None = None,
+    loss: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
     recover: bool | Sequence[str] = False,
     exact_only: bool = False,
     protect: Sequence[str] = (),
@@ -78,8 +85,13 @@ def prune(
         budget: the fraction to keep of channels, params, macs or latency; met exactly, by the last possible channel.
         criterion: a name from :data:`compress.criteria.CRITERIA`, or a callable ``(group, evidence) -> scores``.
         scope: "global" compares channels over the whole model, "uniform" takes the same part of every group.
-        calibration: batches for criteria that look at data, and for ``recover``; a DataLoader will do.
-        loss: ``loss(output, target)`` for criteria that need gradients, cross-entropy on class indices if None.
+        combine: for models that give {task: output}: the criterion judges for each task by itself, relative to what the
+            task has. Channels then go by the "mean" over tasks, by the task that loses most ("max"), or ("balanced",
+            which looks at data whatever the criterion) by weights of the tasks that keep the worst task's loss small.
+        calibration: batches for criteria that look at data, and for ``recover``; a DataLoader will do. With ``combine``
+            also {task: batches}; targets may be {task: target}.
+        loss: ``loss(output, target)`` for criteria that need gradients, cross-entropy on class indices if None. With
+            ``combine`` one for all tasks or {task: loss}, each of the task's own output and target.
         recover: repair the pruned model from ``calibration`` alone, without labels or training: True, or names from
             :data:`compress.recover.METHODS`; each is kept where it helps on held-out data.
         exact_only: remove only what can be removed exactly (see :attr:`PrunePlan.exact`).
@@ -109,43 +121,59 @@ def prune(
     if timed and on_meta(model):
         raise PruneError("a model on the meta device takes no time: give round_to=8 and another budget than latency")
     methods = methods_of(recover)
-    if methods:
-        calibration = check_calibration(calibration, f"recover={recover!r}")
+    if combine is not None and combine not in COMBINATIONS:
+        raise PruneError(f"combine={combine!r} is unknown: choose one of {', '.join(COMBINATIONS)}")
+    if methods or combine == "balanced":
+        needed_by = f"recover={recover!r}" if methods else "combine='balanced'"
+        calibration = calibration if is_by_task(calibration) else check_calibration(calibration, needed_by)
     check_needs([score], calibration)
     graph = trace(model, example_inputs).protecting(protect)
+    views = [whole(calibration, loss)] if combine is None else views_of(graph.trace, calibration, loss)
+    data = ByTask(calibration) if is_by_task(calibration) else calibration
     graph = graph.exactly() if exact_only else graph
-    evidence = collect_evidence(model, graph, [score], calibration, loss, seed)
+    evidence = collect_evidence(model, graph, [score], views, seed)
+    losses = TaskLosses(model, views) if combine is not None and calibration is not None else None
     notes = list(graph.trace.notes)
     if on_meta(model):
         notes.append("not verified: the model is on the meta device and has no values")
+
+    def repair(pruned: nn.Module, plan: PrunePlan) -> Recovery | None:
+        if not methods or data is None or not plan.groups:
+            return None
+        held_out = max(1, min(len(views), len(data) // HELD_OUT)) if isinstance(data, ByTask) else 1
+        return recovered(pruned, model, plan, data, methods, seed=seed, num_held_out=held_out)
+
     while True:
-        removals, scores = removals_of(score, replace(evidence, graph=graph))
+        judged = [judge(score, replace(own, graph=graph), view) for own, view in zip(evidence, views, strict=True)]
         attempt = Attempt(model, example_inputs, graph)
-        selection = attempt.timed(removals, budget, options) if timed else attempt.select(removals, budget, options)
-        failed = [] if on_meta(model) else attempt.failing_lumps(selection)
+        chooser = Chooser(attempt, judged, budget, options, timed)
+        choice = chooser.by(COMBINATIONS[combine or "mean"])
+        failed = [] if on_meta(model) else attempt.failing_lumps(choice.selection)
+        if combine == "balanced" and losses is not None and not failed:
+            choice = chooser.balanced(losses, repair)
+            failed = attempt.failing_lumps(choice.selection)
         if not failed:
             break
         check_repeatable(model, example_inputs, graph.trace)
         names = sorted({graph.groups[g].name for index in failed for g in graph.lumps[index].units})
         notes.append(f"kept whole, as removal did not verify: {', '.join(names)}")
         graph = graph.without(_of_their_kind(graph, failed), "its removal did not verify")
-    if selection.floor < FLOOR:
-        notes.append(f"the budget needed axes of down to {selection.floor:.0%} of their length (usually {FLOOR:.0%})")
+    if (floor := choice.selection.floor) < FLOOR:
+        notes.append(f"the budget needed axes of down to {floor:.0%} of their length (usually {FLOOR:.0%})")
     notes += attempt.notes
-    pruned, plan = attempt.pruned(selection)
+    pruned, plan = attempt.pruned(choice.selection)
     if optimizer is not None:
         move_optimizer(optimizer, model, pruned, plan)
-    recovery = None
-    if methods and calibration is not None and plan.groups:
-        recovery = recovered(pruned, model, plan, calibration, methods, seed=seed)
-        notes += recovery.notes
+    recovery = repair(pruned, plan)
+    notes += recovery.notes if recovery is not None else ()
     if graph.trace.real:  # another number of proposals, say, would be counted: price what the dense model ran
-        macs = round(attempt.price("macs")(selection.kept(graph.sizes)) * attempt.before.macs)
+        macs = round(attempt.price("macs")(choice.selection.kept(graph.sizes)) * attempt.before.macs)
         after = replace(cost_of(pruned, Trace()), macs=macs)
     else:
         after = cost_of(pruned, record(pruned, example_inputs, training=False))
-    named = {f"{group.name}#{group.index}": values for group, values in zip(graph.groups, scores, strict=True)}
-    return PruneResult(pruned, plan, attempt.before, after, _kept(graph, plan), named, tuple(notes), recovery)
+    named = {f"{group.name}#{group.index}": values for group, values in zip(graph.groups, choice.scores, strict=True)}
+    lost = {} if losses is None else losses.by_name(pruned)
+    return PruneResult(pruned, plan, attempt.before, after, _kept(graph, plan), named, tuple(notes), recovery, lost)
 
 
 def _of_their_kind(graph: ChannelGraph, lumps: Sequence[int]) -> list[Any]:

@@ -85,7 +85,8 @@ class Op:
 class Trace:
     """Everything that one model did in one or two runs. ``parameters`` names buffers too, ``buffers`` says which.
 
-    ``shapes`` are those of the outputs in evaluation mode, ``outputs`` holds the outputs of both.
+    ``shapes`` are those of the outputs in evaluation mode, ``outputs`` holds the outputs of both; ``named``
+    has those of a model that gives a mapping, by key.
     """
 
     parameters: dict[str, TensorRef] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class Trace:
     inputs: list[TensorRef] = field(default_factory=list)
     outputs: list[TensorRef] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    named: dict[str, list[TensorRef]] = field(default_factory=dict)
     evaluation: list[Op] = field(default_factory=list)
     training: list[Op] = field(default_factory=list)
     observations: Observations = field(default_factory=Observations)

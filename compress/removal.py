@@ -38,11 +38,21 @@ def by_score(group: ChannelGroup, scores: Values) -> Removal:
     The logarithm makes each further channel of a layer dearer, so that no layer empties while another is untouched.
     It counts once for each layer that writes the channel: one of a residual stream takes its part from every block.
     """
-    order = np.argsort(scores, kind="stable")
-    shifted = scores[order] - min(float(scores.min()), 0.0)
+    order, parts = np.argsort(scores, kind="stable"), parts_of(scores)
+    parts = parts if parts.any() else np.full(len(parts), 1 / len(parts))  # all alike
+    return Removal(order, losses_of(group, parts[order]), relative=True)
+
+
+def parts_of(scores: Values) -> Values:
+    """The part that each unit has in the sum of the scores, which are shifted to 0 where some are below; zeros of 0."""
+    shifted = scores - min(float(scores.min()), 0.0)
     total = float(shifted.sum())
+    return shifted / total if total > 0 else np.zeros_like(shifted)
+
+
+def losses_of(group: ChannelGroup, parts: Values) -> Values:
+    """What is lost when the first k units go that have these ``parts``; see :func:`by_score`. Shape (units + 1,)."""
     num_layers = sum(member.role == "producer" for member in group.members)
-    if total <= 0:  # all alike
-        shifted, total = np.ones_like(shifted), float(len(shifted))
-    stays = 1.0 - np.concatenate([[0.0], np.cumsum(shifted)]) / total
-    return Removal(order, -np.log(np.maximum(stays, np.finfo(float).tiny)) * max(num_layers, 1), relative=True)
+    stays = 1.0 - np.concatenate([[0.0], np.cumsum(parts)])
+    losses: Values = -np.log(np.maximum(stays, np.finfo(float).tiny)) * max(num_layers, 1)
+    return losses

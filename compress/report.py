@@ -50,12 +50,17 @@ class RoundRecord:
         return cls(**values)
 
 
+def several(record: RoundRecord) -> Mapping[str, float]:
+    """The metrics by name where there are several, tasks' say: one is the accuracy itself."""
+    return record.metrics if len(record.metrics) > 1 else {}
+
+
 def write_history(folder: Path, records: Sequence[RoundRecord]) -> None:
     """Writes ``history.json``, ``history.csv`` and ``curve.png`` of the rounds so far, each replaced in one step."""
     rounds = [dataclasses.asdict(record) for record in records]
     text = json.dumps({"rounds": rounds}, indent=1)
     write_file(folder / HISTORY, lambda partial: partial.write_text(text, encoding="utf-8"))
-    write_file(folder / TABLE, lambda partial: _write_table(partial, rounds))
+    write_file(folder / TABLE, lambda partial: _write_table(partial, records))
     write_file(folder / CURVE, lambda partial: _draw_curve(partial, records))
 
 
@@ -77,7 +82,7 @@ def write_events(folder: Path, record: RoundRecord, scores: Mapping[str, np.ndar
             writer.add_scalar(name, getattr(record, name), record.round)
         if record.test is not None:
             writer.add_scalar("test", record.test, record.round)
-        for name, value in record.metrics.items() if len(record.metrics) > 1 else ():  # one metric is the accuracy
+        for name, value in several(record).items():
             writer.add_scalar(f"metrics/{name}", value, record.round)
         for layer, (left, total) in record.kept.items():
             writer.add_scalar(f"kept/{layer}", left / total, record.round)
@@ -90,12 +95,13 @@ def write_events(folder: Path, record: RoundRecord, scores: Mapping[str, np.ndar
     partial.rmdir()
 
 
-def _write_table(path: Path, rounds: Sequence[Mapping[str, object]]) -> None:
+def _write_table(path: Path, records: Sequence[RoundRecord]) -> None:
     columns = ("round", "accuracy", "test", "params", "macs", "bytes", "latency_seconds", "target")
+    tasks = [{f"accuracy/{name}": value for name, value in several(record).items()} for record in records]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, (*columns, *tasks[0]), extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rounds)
+        writer.writerows({**dataclasses.asdict(record), **own} for record, own in zip(records, tasks, strict=True))
 
 
 def _draw_curve(path: Path, records: Sequence[RoundRecord]) -> None:
@@ -111,6 +117,9 @@ def _draw_curve(path: Path, records: Sequence[RoundRecord]) -> None:
     for axes, (name, size) in zip(panels, sizes.items(), strict=True):
         percent = [100 * value / max(size[0], 1) for value in size]
         axes.plot(percent, accuracy, marker="o", color="tab:blue")
+        for task in several(records[0]):
+            own = [record.metrics[task] for record in records]
+            axes.plot(percent, own, marker=".", linewidth=1, alpha=0.6, label=task)
         if (test := [record.test for record in records])[0] is not None:
             axes.plot(percent, test, marker="x", color="tab:orange", label="test, decides nothing")
         axes.axhline(accuracy[0], color="tab:gray", linestyle="--", linewidth=1, label="dense")
@@ -123,6 +132,6 @@ def _draw_curve(path: Path, records: Sequence[RoundRecord]) -> None:
         axes.set_xlabel(f"{name} kept (% of {size[0]:,})")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")
-    panels[0].legend(loc="lower right")
+    panels[0].legend(loc="lower right", fontsize="small", ncols=1 + len(records[0].metrics) // 8)
     figure.suptitle("Accuracy against size; each point is a round of pruning and training")
     figure.savefig(path)

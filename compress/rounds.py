@@ -41,8 +41,9 @@ class PruneOptions(TypedDict, total=False):
     """What a run hands on to :func:`compress.prune` in every round; see there."""
 
     scope: str
-    calibration: Iterable[Any] | None
-    loss: Callable[..., torch.Tensor] | None
+    combine: str | None
+    calibration: Iterable[Any] | Mapping[str, Iterable[Any]] | None
+    loss: Callable[..., torch.Tensor] | Mapping[str, Callable[..., torch.Tensor]] | None
     recover: bool | Sequence[str]
     exact_only: bool
     protect: Sequence[str]

@@ -26,6 +26,7 @@ from compress.plan import make_plan
 from compress.sandbox import untouched, unwrapped
 from compress.score import check_needs, collect_evidence, removals_of
 from compress.surgery import masked
+from compress.tasks import whole
 from compress.trace import ExampleInputs
 
 RATIOS = (0.9, 0.7, 0.5, 0.3, 0.1)
@@ -94,7 +95,7 @@ def sensitivity(
     graph = trace(model, example_inputs)
     if not graph.groups:
         raise PruneError("no channel of this model can be removed: prunus inspect says why")
-    evidence = collect_evidence(model, graph, list(named.values()), calibration, loss, seed)
+    (evidence,) = collect_evidence(model, graph, list(named.values()), [whole(calibration, loss)], seed)
     scores = {name: removals_of(criterion, evidence)[1] for name, criterion in named.items()}
     description = {**digests(model), "criteria": list(named), "ratios": list(ratios), "seed": seed}
     claim(folder / RUN, description, (POINTS, TABLE, CURVE))

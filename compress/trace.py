@@ -137,6 +137,8 @@ def _run(model: nn.Module, recorder: "Recorder", args: tuple[Any, ...], kwargs: 
     recorder.trace.outputs.extend(recorder.ref(tensor) for tensor in tensors)
     if not train:
         recorder.trace.shapes = [tuple(tensor.shape) for tensor in tensors]
+        named = outputs if isinstance(outputs, Mapping) else {}
+        recorder.trace.named = {str(k): [recorder.ref(t) for t in output_tensors(v)] for k, v in named.items()}
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:

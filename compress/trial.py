@@ -8,15 +8,16 @@ from torch.utils._pytree import tree_map_only
 
 from compress.gram import num_samples_of
 from compress.sandbox import untouched
+from compress.tasks import EVERYTHING, View
 from compress.trace import ExampleInputs, as_arguments, output_tensors
 
 
 class Trial:
-    """Remembers what ``model`` computes for ``inputs``, and compares other outputs with it."""
+    """Remembers what ``model`` computes for ``inputs``, and compares other outputs with it: what ``view`` sees."""
 
-    def __init__(self, model: nn.Module, inputs: Iterable[ExampleInputs]) -> None:
-        self._inputs = list(inputs)
-        self._outputs = [_outputs(model, inputs) for inputs in self._inputs]
+    def __init__(self, model: nn.Module, inputs: Iterable[ExampleInputs], view: View = EVERYTHING) -> None:
+        self._inputs, self._view = list(inputs), view
+        self._outputs = [_outputs(model, inputs, view) for inputs in self._inputs]
         together = [torch.cat(column) for column in self._columns()]
         self._spread = sum(float((t - t.mean(0)).square().sum()) for t in together)
 
@@ -29,7 +30,7 @@ class Trial:
         """Squared difference over all floating-point outputs, as a part of their variance; infinite if not a number."""
         difference = 0.0
         for inputs, outputs in zip(self._inputs, self._outputs, strict=True):
-            for found, expected in zip(_outputs(model, inputs), outputs, strict=True):
+            for found, expected in zip(_outputs(model, inputs, self._view), outputs, strict=True):
                 difference += float((found - expected).square().sum())
         return difference / max(self._spread, 1e-30) if difference == difference else float("inf")
 
@@ -46,8 +47,8 @@ def first_samples(batches: Iterable[ExampleInputs], number: int) -> Iterable[Exa
             return
 
 
-def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: ExampleInputs, view: View) -> list[Tensor]:
     args, kwargs = as_arguments(inputs)
     with torch.no_grad(), untouched(model):
-        found = model.eval()(*args, **kwargs)
+        found = view.of(model.eval()(*args, **kwargs))
     return [tensor.double().cpu() for tensor in output_tensors(found) if tensor.is_floating_point()]

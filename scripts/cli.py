@@ -10,11 +10,13 @@ COMMANDS = {
     "sensitivity": "show what each layer costs in accuracy when it alone is pruned",
     "inspect": "show what can be removed from a model, and why the rest cannot",
     "train-mtl": "train several tasks together and apart, and show what sharing gains",
+    "prune-mtl": "prune a model of several tasks such that no task is sacrificed",
     "demo": "train, prune, retrain and reload a small network on the digits of scikit-learn",
 }
 MODULES = {
     "inspect": "inspect_model",
     "train-mtl": "train_mtl",
+    "prune-mtl": "prune_mtl",
 }  # scripts/inspect.py would shadow the standard library's
 
 

@@ -16,7 +16,7 @@ from compress.factorize.options import METHODS
 from mtl import Distillation, FitOptions, evaluate, fit
 from mtl.data import ImageData
 from scripts.command import run_command
-from scripts.prune import CALIBRATION_BATCH_SIZE, TASK, TEMPERATURE, TEST_BATCH_SIZE, device_of, model_and_example
+from scripts.prune import CALIBRATION_BATCH_SIZE, TASK, TEMPERATURE, TEST_BATCH_SIZE, device_named, model_and_example
 from scripts.sources import open_data
 
 
@@ -130,7 +130,7 @@ def run(config: FactorizeConfig) -> FactorResult:
 
 def _train(config: FactorizeConfig, data: ImageData, model: nn.Module, teacher: nn.Module) -> None:
     loader = data.loader("train", batch_size=config.batch_size, seed=config.seed)
-    options = FitOptions(lr=config.lr, seed=config.seed, device=str(device_of(config.device)))
+    options = FitOptions(lr=config.lr, seed=config.seed, device=str(device_named(config.device)))
     distillation = None
     if config.distill:
         distillation = Distillation(teacher=teacher, weight=config.distill, temperature=TEMPERATURE)

@@ -94,7 +94,7 @@ def run(config: PruneConfig) -> RunResult:
 
 def model_and_example(config: ModelConfig, data: ImageData) -> tuple[nn.Module, Tensor]:
     """The model with its checkpoint, and the data's first image (1, C, H, W), both on the device."""
-    device = device_of(config.device)
+    device = device_named(config.device)
     seed_everything(config.seed)
     model = build_model(config.model, data.num_classes)
     if config.checkpoint is not None:
@@ -122,11 +122,11 @@ def _train(config: PruneConfig, data: ImageData, model: nn.Module, context: Roun
     loader = data.loader("train", batch_size=config.batch_size, seed=context.seed)
     dense = context.round == 0
     epochs, lr, average = (config.dense_epochs, None, None) if dense else (config.epochs, config.lr, config.ema_decay)
-    options = FitOptions(lr=lr, ema_decay=average, seed=context.seed, device=str(device_of(config.device)))
+    options = FitOptions(lr=lr, ema_decay=average, seed=context.seed, device=str(device_named(config.device)))
     fit(model, TASK, loader, epochs=epochs, folder=context.folder, options=options, **more)
 
 
-def device_of(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     """The device that ``--device`` names; ``ValueError`` where it cannot be used."""
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -4,15 +4,17 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.loop import RunResult
-from compress.report import RoundRecord
+from compress.report import RoundRecord, several
 
 
 def print_round(record: RoundRecord, dense: RoundRecord, rounds: int) -> None:
     """One round against the dense model, with the percentage of output channels that every layer has kept."""
     table = Table(title=f"round {record.round} of {rounds}" if record.round else "dense model", title_justify="left")
     test = [] if record.test is None else [("test", f"{record.test:.2%}")]
+    tasks = [(task, f"{value:.2%}") for task, value in several(record).items()]
     cells = [
-        ("accuracy", f"{record.accuracy:.2%}"),
+        ("mean" if tasks else "accuracy", f"{record.accuracy:.2%}"),
+        *tasks,
         *test,
         ("parameters", f"{record.params:,} ({record.params / dense.params:.0%})"),
         ("MACs", f"{record.macs:,} ({record.macs / dense.macs:.0%})"),
@@ -32,7 +34,9 @@ def print_before_after(result: RunResult) -> None:
     table = Table(title="before / after", title_justify="left")
     for column in ("", "before", "after", "ratio"):
         table.add_column(column, justify="right" if column else "left")
-    for label, first, last in (("accuracy", before.accuracy, after.accuracy), ("test", before.test, after.test)):
+    tasks = [(task, value, after.metrics[task]) for task, value in several(before).items()]
+    mean = ("mean of tasks" if tasks else "accuracy", before.accuracy, after.accuracy)
+    for label, first, last in (mean, *tasks, ("test", before.test, after.test)):
         if first is not None and last is not None:
             table.add_row(label, f"{first:.2%}", f"{last:.2%}", f"{100 * (last - first):+.2f} pp")
     for name, label in (("params", "parameters"), ("macs", "MACs"), ("bytes", "bytes")):

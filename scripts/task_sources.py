@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -62,6 +63,40 @@ def open_tasks(
     if kind == "csv" and not targets:
         raise ValueError("csv needs --targets: the columns that are to be predicted, one task each")
     return readers[kind]()
+
+
+class TaskConfig(Protocol):
+    """The flags that say which tasks are meant."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def targets(self) -> list[str] | None: ...
+    @property
+    def features(self) -> list[str] | None: ...
+    @property
+    def classes(self) -> list[str] | None: ...
+    @property
+    def shots(self) -> int: ...
+    @property
+    def image_size(self) -> int | None: ...
+
+
+def open_config(config: TaskConfig) -> Data:
+    """What the flags of a command name; errors are those of :func:`open_tasks`."""
+    return open_tasks(
+        config.data,
+        targets=config.targets,
+        features=config.features,
+        classes=config.classes,
+        shots=config.shots,
+        image_size=config.image_size,
+    )
+
+
+def has_validation(data: Data) -> bool:
+    """Whether every task has validation data."""
+    return all(own.validation is not None for own in ([data] if isinstance(data, TaskData) else data.values()))
 
 
 def tasks_of(data: Data) -> list[Task]:

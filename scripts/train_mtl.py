@@ -10,10 +10,10 @@ from typing import Literal
 from compress.folder import write_file
 from mtl import Comparison, FitOptions, compare
 from mtl.comparison import standard_method
-from mtl.data import TaskData, loaders
+from mtl.data import loaders
 from scripts.command import run_command
 from scripts.config import CONFIG_FILE, claim_folder
-from scripts.task_sources import builders, open_tasks, tasks_of
+from scripts.task_sources import builders, has_validation, open_config, tasks_of
 
 RESULT_FILE = "comparison.json"
 TEST_BATCH_SIZE = 500
@@ -95,29 +95,19 @@ def run(config: TrainMtlConfig) -> Comparison:
         patience=config.patience,
         device=config.device,
     )
-    data = open_tasks(
-        config.data,
-        targets=config.targets,
-        features=config.features,
-        classes=config.classes,
-        shots=config.shots,
-        image_size=config.image_size,
-    )
+    data = open_config(config)
     trunk, head = builders(data, config.trunk, config.width)
     trunk()  # what cannot be built fails before anything is written
     folder = Path(config.folder)
     names = config.methods or ["single", "hard"]
     methods = [standard_method(name, trunk, head) for name in names]
     claim_folder(folder, config, (RESULT_FILE, *(name.replace(":", "-").replace(" ", "-") for name in names)))
-    has_validation = all(
-        own.validation is not None for own in ([data] if isinstance(data, TaskData) else data.values())
-    )
     found = compare(
         tasks_of(data),
         loaders(data, "train", batch_size=config.batch_size),
         methods,
         test=loaders(data, "test", batch_size=TEST_BATCH_SIZE),
-        validation=loaders(data, "validation", batch_size=TEST_BATCH_SIZE) if has_validation else None,
+        validation=loaders(data, "validation", batch_size=TEST_BATCH_SIZE) if has_validation(data) else None,
         seeds=config.seeds,
         epochs=config.epochs,
         options=options,

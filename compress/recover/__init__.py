@@ -63,20 +63,22 @@ def recover(
     *,
     seed: int = 0,
     origins: Mapping[str, str] | None = None,
+    num_held_out: int = 1,
 ) -> Recovery:
     """Improve ``model``, which ``plan`` made of ``dense``, in place.
 
     Args:
         calibration: batches of inputs; all of them are held in memory, with the activations of the layer at work.
         methods: some of :data:`METHODS`.
+        num_held_out: how many of the last batches only tell what helps, where there are more.
         origins: weights of ``model`` that give what another weight of ``dense`` gave, by name, where names differ.
 
     Raises:
         CalibrationError: the data do not fit, or give activations that are not finite.
     """
     inputs = [inputs for inputs, _ in batches(calibration, model)]
-    fitted = inputs[:-1] or inputs
-    trial = Trial(dense, inputs[-1:])
+    fitted = inputs[:-num_held_out] or inputs
+    trial = Trial(dense, inputs[-num_held_out:])
     before = trial.error(model)
     layers: list[LayerError] = []
     notes = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,18 +47,29 @@ def factorise(stack: Tensor, energy: float) -> Factors:
     """
     num_tasks, size = len(stack), stack[0].numel()
     if num_tasks == 1 or not stack.is_floating_point():
-        return Factors(stack.clone())
+        return at_rank(stack, num_tasks, mixed=False)
     matrix = stack.reshape(num_tasks, -1).double()
     rounding = (max(_EPSILONS * torch.finfo(stack.dtype).eps, _DECOMPOSITION) * matrix.norm()) ** 2
-    mean = matrix.mean(dim=0, keepdim=True)
-    differences = (matrix - mean).square().sum()
+    differences = (matrix - matrix.mean(dim=0, keepdim=True)).square().sum()
     if differences <= rounding:
-        return Factors(mean.to(stack.dtype).reshape(1, *stack.shape[1:]))
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return at_rank(stack, 1, mixed=False)
+    values = torch.linalg.svdvals(matrix)
     errors = values.square().flip(0).cumsum(0).flip(0)  # what is lost by keeping 0, 1, 2, ... singular values
     rank = max(1, int((errors > (1 - energy) * differences + rounding).sum()))
-    if rank * (size + num_tasks) >= num_tasks * size:
+    saves = rank * (size + num_tasks) < num_tasks * size
+    return at_rank(stack, rank if saves else num_tasks, mixed=saves)
+
+
+def at_rank(stack: Tensor, rank: int, *, mixed: bool) -> Factors:
+    """The best approximation of a stack (number of tasks, *shape) by a basis of this rank, mixed by each task; or, not
+    mixed, the mean over tasks (rank 1) or the stack itself."""
+    num_tasks = len(stack)
+    if not mixed and rank == num_tasks:
         return Factors(stack.clone())
+    matrix = stack.reshape(num_tasks, -1).double()
+    if not mixed:
+        return Factors(matrix.mean(dim=0).to(stack.dtype).reshape(1, *stack.shape[1:]))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     scale = num_tasks**0.5  # so that mixing is about 1, and the basis as large as the weights were
     basis = values[:rank, None] * right[:rank] / scale
     return Factors(basis.to(stack.dtype).reshape(rank, *stack.shape[1:]), (left[:, :rank] * scale).to(stack.dtype))
@@ -78,16 +90,20 @@ class Collapsed(nn.Module):
     Args:
         model: what was collapsed; it stays as it is
         factors: of each of its stacks of parameters
+        once: names of the buffers that all tasks share; None for those that are the same
     """
 
-    def __init__(self, model: SoftShared, factors: Mapping[str, Factors]) -> None:
+    def __init__(self, model: SoftShared, factors: Mapping[str, Factors], once: Collection[str] | None = None) -> None:
         super().__init__()
         self.tasks, self.slots = model.tasks, model.slots
         trainable = {name: stack.requires_grad for name, stack in model.stacks.named_parameters()}
         self.models = copy.deepcopy(model.models)
         self.bases = Stacks(
             {name: nn.Parameter(each.basis, trainable[name]) for name, each in factors.items()},
-            {name: _once_if_equal(stack) for name, stack in model.stacks.named_buffers()},
+            {
+                name: (stack[:1] if (_is_equal(stack) if once is None else name in once) else stack).clone()
+                for name, stack in model.stacks.named_buffers()
+            },
             model.transient,
         )
         mixings = {name: each.mixing for name, each in factors.items() if each.mixing is not None}
@@ -96,7 +112,7 @@ class Collapsed(nn.Module):
         self.register_load_state_dict_post_hook(forget_counters)
 
     @classmethod
-    def restored(cls, model: SoftShared, state_dict: Mapping[str, Tensor]) -> Self:
+    def restored(cls, model: SoftShared, state_dict: Mapping[str, Tensor]) -> Collapsed:
         """A collapsed model from what its ``state_dict`` saved, and a fresh ``SoftShared`` of the same kind.
 
         Example:
@@ -105,16 +121,17 @@ class Collapsed(nn.Module):
             >>> state = new().collapse().state_dict()
             >>> again = Collapsed.restored(new(), state)
         """
-        factors = {}
-        for name, _ in model.stacks.named_parameters():
-            mixing = state_dict.get(f"mixings.{name}")
-            basis = torch.empty_like(state_dict[f"bases.{name}"])
-            factors[name] = Factors(basis, None if mixing is None else torch.empty_like(mixing))
-        collapsed = cls(model, factors)
-        for name, buffer in list(collapsed.bases.named_buffers()):
-            owner, _, attribute = name.rpartition(".")
-            saved = state_dict.get(f"bases.{name}", buffer)
-            setattr(collapsed.bases.get_submodule(owner), attribute, torch.empty_like(saved))
+        mixings = {name.removeprefix("mixings.") for name in state_dict if name.startswith("mixings.")}
+        saved = {name: state_dict.get(f"bases.{name}", stack[:1]) for name, stack in model.stacks.named_buffers()}
+        plan = CollapsePlan(
+            len(model.tasks),
+            tuple(
+                StackRank(name, len(state_dict[f"bases.{name}"]), name in mixings)
+                for name, _ in model.stacks.named_parameters()
+            ),
+            tuple(name for name, value in saved.items() if len(value) < len(model.tasks)),
+        )
+        collapsed = plan.carry_out(model, empty=True)
         collapsed.load_state_dict(state_dict)
         return collapsed
 
@@ -122,6 +139,14 @@ class Collapsed(nn.Module):
     def ranks(self) -> dict[str, int]:
         """How many entries the basis of each stack has: 1 where all tasks share one, at most the number of tasks."""
         return {name: len(basis) for name, basis in self.bases.named_parameters()}
+
+    @property
+    def made_by(self) -> CollapsePlan:
+        """What makes such a model of a fresh ``SoftShared``, as plain data; ``compress.save`` asks for it."""
+        mixed_ones = {name for name, _ in self.mixings.named_parameters()}
+        stacks = (StackRank(name, len(basis), name in mixed_ones) for name, basis in self.bases.named_parameters())
+        shared = (name for name, buffer in self.bases.named_buffers() if len(buffer) < len(self.tasks))
+        return CollapsePlan(len(self.tasks), tuple(stacks), tuple(shared))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As of ``SoftShared``."""
@@ -173,7 +198,81 @@ class Collapsed(nn.Module):
         return f"tasks={len(self.tasks)}, ranks={mixed_ranks}"
 
 
-def _once_if_equal(stack: Tensor) -> Tensor:
-    """One slice for all tasks where they agree. Not counters: every task's training would advance it."""
-    same = stack.is_floating_point() and bool((stack == stack[:1]).all())
-    return stack[:1].clone() if same else stack.clone()
+def _is_equal(stack: Tensor) -> bool:
+    """Whether all tasks have the same. Not counters: every task's training would advance it."""
+    return stack.is_floating_point() and bool((stack == stack[:1]).all())
+
+
+@dataclass(frozen=True)
+class StackRank:
+    """Entries of the basis of the stack ``name``, and whether tasks mix them; see :func:`at_rank`."""
+
+    name: str
+    rank: int
+    mixed: bool
+
+
+@dataclass(frozen=True)
+class CollapsePlan:
+    """How a ``SoftShared`` is collapsed, as plain data: at which rank each stack, and which buffers are kept ``once``.
+
+    It has what ``compress`` asks of a plan, so that files of collapsed models load into a fresh ``SoftShared``.
+
+    >>> CollapsePlan.from_json(CollapsePlan(2).to_json()) == CollapsePlan(2)
+    True
+    """
+
+    kind: ClassVar[str] = "collapse"
+    num_tasks: int
+    stacks: tuple[StackRank, ...] = ()
+    once: tuple[str, ...] = ()
+
+    def carry_out(self, model: nn.Module, *, inplace: bool = False, empty: bool = False) -> Collapsed:
+        """The collapsed model, always a new one.
+
+        Args:
+            model: a ``SoftShared`` of the kind that the plan was made for
+            inplace: nothing is
+            empty: weights do not matter, as others are loaded next
+
+        Raises:
+            ValueError: for another kind of model.
+        """
+        stacks = getattr(model, "stacks", None)
+        found = dict(stacks.named_parameters()) if isinstance(stacks, Stacks) else {}
+        named = {stack.name: stack for stack in self.stacks}
+        if set(found) != set(named) or any(len(stack) != self.num_tasks for stack in found.values()):
+            differing = ", ".join(sorted(set(found) ^ set(named))[:3])
+            raise ValueError(
+                f"the plan collapses {len(named)} stacks of {self.num_tasks} tasks, which this {type(model).__name__} "
+                f"does not have ({differing or 'it has other tasks'}): give a fresh SoftShared, built as the first was"
+            )
+        factors = {}
+        for name, stack in found.items():
+            rank, mixed_here = named[name].rank, named[name].mixed
+            if empty:
+                mixing = stack.new_empty(self.num_tasks, rank) if mixed_here else None
+                factors[name] = Factors(stack.new_empty(rank, *stack.shape[1:]), mixing)
+            else:
+                factors[name] = at_rank(stack.detach(), rank, mixed=mixed_here)
+        return Collapsed(cast("SoftShared", model), factors, self.once)
+
+    def to_json(self) -> str:
+        """The plan as a JSON document."""
+        return json.dumps({"version": 1, "kind": self.kind, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> CollapsePlan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: the text is not such a plan, or of a later version.
+        """
+        try:
+            data = json.loads(text)
+            if (data["kind"], data["version"]) != (cls.kind, 1):
+                raise ValueError(f"kind {data['kind']!r}, version {data['version']!r}")
+            stacks = tuple(StackRank(str(one["name"]), int(one["rank"]), bool(one["mixed"])) for one in data["stacks"])
+            return cls(int(data["num_tasks"]), stacks, tuple(data["once"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a plan of a collapse ({error}): pass what to_json() gave") from error

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from layers.nuclear import singular_values
-from mtl.sharing.collapse import Collapsed, factorise
+from mtl.sharing.collapse import Collapsed, CollapsePlan, factorise
 from mtl.sharing.couplings import Coupling, Stacked
 from mtl.sharing.matching import Matching, Tensors, match
 from mtl.sharing.slots import Slots, by_task_calls, forget_counters, task_index
@@ -57,6 +57,8 @@ class SoftShared(nn.Module):
         >>> print(model.matched)
         matched over 2 tasks: 2 parameters of 4 numbers each
     """
+
+    plan_kinds: ClassVar = (CollapsePlan,)  # what files of models made of this one may hold; ``compress.load`` asks
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 import compress
 from mtl import SoftShared, Task
-from mtl.sharing.collapse import Collapsed, factorise
+from mtl.sharing.collapse import Collapsed, CollapsePlan, factorise
 
 TASKS = [Task(name, loss=nn.MSELoss()) for name in "abcd"]
 
@@ -223,3 +224,51 @@ def test_pruning_it_is_exact(ranks: dict[str, int]) -> None:
     with torch.no_grad():
         torch.testing.assert_close(result.model(images()), twin(images()))
     assert result.after.macs <= 0.6 * result.before.macs
+
+
+# -- as a plan -------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_makes_the_same_model_of_the_same_weights() -> None:
+    model = model_of_ranks(first=1, third=2)
+    small = model.collapse()
+    plan = CollapsePlan.from_json(small.made_by.to_json())
+    assert plan == small.made_by
+    again = compress.apply(model, plan)
+    assert again.ranks == small.ranks
+    for task, output in small(images()).items():
+        torch.testing.assert_close(again(images())[task], output, rtol=0, atol=1e-10)
+
+
+def test_a_collapsed_and_pruned_stack_is_loaded_into_a_fresh_one(tmp_path: Path) -> None:
+    small = model_of_ranks(first=1, third=2).collapse()
+    compress.save(small, tmp_path / "collapsed.safetensors")
+    result = compress.prune(small, images(), budget=compress.Budget(macs=0.6))
+    compress.save(result, tmp_path / "pruned.safetensors")
+    fresh = SoftShared(build, TASKS).double()
+    for name, expected in {"collapsed": small, "pruned": result.model}.items():
+        found = compress.load(fresh, tmp_path / f"{name}.safetensors").eval()
+        assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in expected.parameters())
+        for task, output in expected(images()).items():
+            torch.testing.assert_close(found(images())[task], output, rtol=0, atol=0)
+    again = compress.prune(found, images(), budget=compress.Budget(macs=0.6))  # and pruned further
+    assert again.plan.exact
+    assert again.after.macs <= 0.6 * result.after.macs
+
+
+def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    small = model_of_ranks(first=1).collapse()
+    compress.save(small, tmp_path / "x.safetensors")
+    fewer = SoftShared(build, TASKS[:3]).double()
+    with pytest.raises(compress.ArtifactError, match=r"stacks of 4 tasks, which this SoftShared does not have"):
+        compress.load(fewer, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="give a fresh SoftShared"):
+        compress.apply(nn.Linear(2, 2), small.made_by)
+    for text in (
+        "{}",
+        "[]",
+        '{"kind":"prune","version":1}',
+        small.made_by.to_json().replace('"version":1', '"version":2'),
+    ):
+        with pytest.raises(ValueError, match="not a plan of a collapse"):
+            CollapsePlan.from_json(text)

@@ -89,6 +89,32 @@ def test_what_is_shared_in_any_way_can_be_pruned_saved_and_loaded(kind: str, tmp
         assert {name for name in own if own[name] is other[name]} == {"5.weight", "5.bias"}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_task_is_sacrificed_however_they_share(kind: str) -> None:
+    model = randomised(model_of(kind)).eval()
+    data = {task: [torch.randn(16, 1, 10, 10) for _ in range(2)] for task in "ab"}
+    result = compress.prune(
+        model,
+        data["a"][0],
+        budget=compress.Budget(macs=0.6),
+        criterion="mean_activation",
+        combine="balanced",
+        calibration=data,
+    )
+    assert result.plan.exact
+    assert result.after.macs <= 0.6 * result.before.macs
+    assert set(result.task_losses) == {"a", "b"}
+    other = compress.prune(
+        model,
+        data["a"][0],
+        budget=compress.Budget(macs=0.6),
+        criterion="mean_activation",
+        combine="mean",
+        calibration=data,
+    )
+    assert max(result.task_losses.values()) <= max(other.task_losses.values())  # where balancing starts from
+
+
 def test_private_norms_over_shared_convolutions() -> None:
     model = model_of("private norms")
     assert model.trunk is None
