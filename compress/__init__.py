@@ -31,7 +31,7 @@ from compress.plans import Plan
 from compress.pruning import PruneResult, prune
 from compress.removal import Removal
 from compress.sensitivity import SensitivityPoint, sensitivity
-from compress.shrink import ShrinkPlan
+from compress.shrink import ShrinkPlan, ShrinkResult, shrink
 from compress.sparsity import GroupLasso
 from compress.surgery import apply, mask
 
@@ -62,6 +62,7 @@ __all__ = [
     "Removal",
     "SensitivityPoint",
     "ShrinkPlan",
+    "ShrinkResult",
     "StopRule",
     "TraceError",
     "apply",
@@ -76,6 +77,7 @@ __all__ = [
     "read_state_dict",
     "save",
     "sensitivity",
+    "shrink",
     "trace",
     "unfactorize",
 ]

@@ -16,10 +16,11 @@ from compress.factorize.surgery import SPLITS, factors_of, insert
 from compress.gram import GramCollector, Grams, GramSums
 from compress.names import protected
 from compress.plan import PrunePlan
+from compress.recorder import Trace
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
-from compress.sites import Key, find_sites
+from compress.sites import Key, Site, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
 from compress.watch import gather
@@ -95,10 +96,7 @@ def factorize(
         raise PruneError("a model on the meta device has no values to factorise: load its weights first")
     trace = record(model, example_inputs, training=False)
     before = cost_of(model, trace)
-    sites, left = factorable(model, trace, find_sites(trace))
-    whole = {name for pattern in protect for name in protected(pattern, trace.parameters)}
-    left |= {site.parameter: "it is protected" for site in sites if site.parameter in whole}
-    sites = [site for site in sites if site.parameter not in left]
+    sites, left = unprotected(model, trace, protect)
     collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
     (grams,) = gather(model, trace, calibration, [collector])
     assert isinstance(grams, Grams)
@@ -113,13 +111,12 @@ def factorize(
     else:
         assert energy is not None
         choice = by_energy(layers, energy)
-    factors, weights = _built(layers, choice, metric)
-    plan = FactorPlan(factors)
+    plan, weights = built(layers, choice, metric)
     made = copied(model)
     insert(made, plan, weights)
     after = cost_of(made, record(made, example_inputs, training=False))
-    recovery, notes = None, [*trace.notes, *_scarce(grams.sums, choice)]
-    if chosen_recovery and factors:
+    recovery, notes = None, [*trace.notes, *scarce(grams.sums, choice)]
+    if chosen_recovery and plan.factors:
         recovery = recovered(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
         )
@@ -141,10 +138,16 @@ def _checked_options(budget: Budget | None, energy: float | None, methods: Seque
     return "macs" if budget is None else budget.metric
 
 
-def _built(
-    layers: Sequence[Layer], choice: Choice, metric: str
-) -> tuple[tuple[Factor, ...], dict[str, tuple[Tensor, ...]]]:
-    """The chosen factors with their weights; of spatial kernels the better of both orders."""
+def unprotected(model: nn.Module, trace: Trace, protect: Sequence[str]) -> tuple[list[Site], dict[str, str]]:
+    """The sites whose layer can be replaced and may be, and by parameter why others are left."""
+    sites, left = factorable(model, trace, find_sites(trace))
+    whole = {name for pattern in protect for name in protected(pattern, trace.parameters)}
+    left |= {site.parameter: "it is protected" for site in sites if site.parameter in whole}
+    return [site for site in sites if site.parameter not in left], left
+
+
+def built(layers: Sequence[Layer], choice: Choice, metric: str) -> tuple[FactorPlan, dict[str, tuple[Tensor, ...]]]:
+    """The plan of a choice, with the weights of the thin layers; of spatial kernels the better of both orders."""
     factors, weights = [], {}
     for layer in layers:
         if layer.name not in choice:
@@ -158,7 +161,7 @@ def _built(
             found.append((error, replace(factor, error=error), made))
         _, factor, weights[layer.name] = min(found, key=lambda each: each[0])
         factors.append(factor)
-    return tuple(factors), weights
+    return FactorPlan(tuple(factors)), weights
 
 
 def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
@@ -173,7 +176,8 @@ def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
     return [option, *([max(others, key=lambda other: cost(other, metric))] if others else [])]
 
 
-def _scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+def scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+    """A note where the layers that were chosen have seen too few samples."""
     few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in choice]
     if not few:
         return []

@@ -1,0 +1,195 @@
+"""How much of one budget pruning spends, and what factorisation does with the rest.
+
+Both lose outputs of layers, and both losses are counted in parts of the variance of what a layer writes to, so that
+they add up: a layer whose inputs were pruned is refitted by least squares to those that stay, and what a factorisation
+of the refitted weights then loses is orthogonal to what the refit could not reach. The second moments of the inputs
+that stay are part of those of all inputs, so that everything here comes from one pass over the data.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.budget import Budget
+from compress.cost import Cost
+from compress.errors import BudgetError
+from compress.factorize.factorizing import built, unprotected
+from compress.factorize.options import Layer, layers_of
+from compress.factorize.plan import FactorPlan
+from compress.factorize.selection import Choice, within_budget
+from compress.factorize.surgery import insert
+from compress.gram import GramSums
+from compress.landing import Landing
+from compress.plan import PrunePlan
+from compress.pruning import PruneResult
+from compress.recorder import Trace
+from compress.recover.weights import Weights
+from compress.shrink.narrow import narrow
+from compress.sites import Key, Site, by_key, find_sites
+from compress.surgery import copied
+from compress.trace import ExampleInputs, record
+
+INTERVALS = 4  # of the range, at whose ends one looks first
+HALVINGS = 2  # of those beside the best
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pruned model, refitted, and how its layers are factorised to meet the budget.
+
+    ``pruning`` is None where nothing was pruned. ``pruned`` and ``factorised`` are what the layers lose by both.
+    """
+
+    model: nn.Module
+    pruning: PruneResult | None
+    layers: Sequence[Layer]
+    choice: Choice
+    left: Mapping[str, str]
+    metric: str
+    pruned: float
+    factorised: float
+
+    @property
+    def error(self) -> float:
+        """What the layers lose together."""
+        return self.pruned + self.factorised
+
+    @property
+    def plan(self) -> PrunePlan:
+        """The pruning's."""
+        return PrunePlan.empty() if self.pruning is None else self.pruning.plan
+
+    @cached_property
+    def made(self) -> tuple[nn.Module, FactorPlan]:
+        """The model with thin layers, and the plan of those."""
+        plan, weights = built(self.layers, self.choice, self.metric)
+        made = copied(self.model)
+        insert(made, plan, weights)
+        return made, plan
+
+
+def best_first(at: Callable[[float], Candidate], lowest: float, highest: float) -> list[Candidate]:
+    """Candidates that prune down to fractions between both ends, those that lose least first.
+
+    They are found by halving around the best of a few.
+
+    Raises:
+        BudgetError: none meets the budget; says what the closest can reach.
+    """
+    found: dict[float, Candidate] = {}
+    failed: dict[float, BudgetError] = {}
+
+    def look(points: Sequence[float]) -> float:
+        for point in (point for point in points if point not in found and point not in failed):
+            try:
+                found[point] = at(point)
+            except BudgetError as error:
+                failed[point] = error
+        if found:
+            return min(found, key=lambda point: found[point].error)
+        return min(failed, key=lambda point: failed[point].smallest or 1.0)
+
+    points = np.linspace(lowest, highest, INTERVALS + 1 if lowest < highest else 1).tolist()
+    best, step = look(points), (highest - lowest) / INTERVALS
+    for _ in range(HALVINGS if lowest < highest else 0):
+        step /= 2
+        best = look([point for point in (best - step, best + step) if lowest <= point <= highest])
+    if not found:
+        raise failed[best]
+    return [found[point] for point in sorted(found, key=lambda point: found[point].error)]
+
+
+class Allocation:
+    """Turns prunings of ``dense`` into candidates that meet ``budget``.
+
+    Args:
+        sums: of the dense model, for all sites that either method changes.
+        before: the dense model's cost.
+        methods: of factorisation; none leaves all to pruning.
+        protect: patterns of what is not factorised.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        example_inputs: ExampleInputs,
+        sums: Mapping[Key, GramSums],
+        before: Cost,
+        budget: Budget,
+        *,
+        methods: Sequence[str],
+        protect: Sequence[str],
+    ) -> None:
+        self._dense, self._inputs, self._sums = dense, example_inputs, sums
+        self._before, self._budget = before, budget
+        self._methods, self._protect = methods, protect
+
+    def candidate(self, pruning: PruneResult | None) -> Candidate:
+        """What factorisation makes of a pruned model, or of the dense one.
+
+        Raises:
+            BudgetError: too little can be saved; says what can be reached.
+        """
+        metric = self._budget.metric
+        total = getattr(self._before, metric)
+        allowed = int(total * self._budget.fraction)
+        present = total if pruning is None else getattr(pruning.after, metric)
+        model = copied(self._dense if pruning is None else pruning.model)
+        trace = record(model, self._inputs, training=False)
+        sums, lost = (self._sums, 0.0) if pruning is None else self._refitted(model, trace, pruning.plan)
+        if present <= allowed:
+            return Candidate(model, pruning, [], {}, {}, metric, lost, 0.0)
+        sites, left = unprotected(model, trace, self._protect) if self._methods else ([], {})
+        layers, without = layers_of(model, [site for site in sites if site.key in sums], sums, self._methods)
+        try:
+            choice = within_budget(layers, metric, present, allowed / present)
+        except BudgetError as error:
+            reached = (error.smallest or 1.0) * present / total
+            raise BudgetError(
+                f"shrinking brings {metric} down to {reached:.4g} of the model, not to {self._budget.fraction:.4g}: "
+                "allow more, or protect less",
+                reached,
+            ) from error
+        factorised = sum(option.error for option in choice.values())
+        return Candidate(model, pruning, layers, choice, left | without, metric, lost, factorised)
+
+    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> tuple[dict[Key, GramSums], float]:
+        """Refit what reads removed channels; what is known of the inputs that are left, and what was lost."""
+        tensors, dense, sites = _tensors(model), _tensors(self._dense), by_key(find_sites(trace))
+        stays = _stays(plan, dense)
+        found, total = {}, 0.0
+        for key, known in self._sums.items():
+            if key[0] not in stays:
+                found[key] = known
+                continue
+            part, site = narrow(known, dense[key[0]].detach(), stays[key[0]]), sites.get(key)
+            if part is None or site is None or part.sums.gram.shape[:2] != (site.groups, site.num_inputs + 1):
+                continue  # a grouped convolution whose groups are not what they were
+            found[key] = replace(part.sums, site=site)
+            if key[1] == 0 and (key[0], 1) not in self._sums:  # else several uses share the weight
+                _write(part.matrix, site, known.landing, tensors)
+            total += part.lost
+        return found, total
+
+
+def _stays(plan: PrunePlan, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which elements of parameters that lose some are left."""
+    masks: dict[str, Tensor] = {}
+    for (name, axis), indices in plan.removed().items():
+        mask = masks.setdefault(name, torch.ones(dense[name].shape, dtype=torch.bool))
+        mask.index_fill_(axis, torch.from_numpy(indices), False)
+    return masks
+
+
+def _write(matrix: Tensor, site: Site, landing: Landing, tensors: Mapping[str, Tensor]) -> None:
+    name, sign = landing.intercept or (None, 1)
+    shift = None if name is None else tensors[name].detach()
+    Weights(site, tensors[site.parameter].detach(), shift, sign, constant=False).write(matrix)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
