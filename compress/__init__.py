@@ -27,7 +27,7 @@ from compress.errors import (
 from compress.factorize import Factor, FactorPlan, FactorResult, factorize, unfactorize
 from compress.loop import StopRule, iterate
 from compress.plan import PlanGroup, PlanMember, PrunePlan
-from compress.plans import Plan
+from compress.plans import Plan, plan_kind
 from compress.pruning import PruneResult, prune
 from compress.removal import Removal
 from compress.sensitivity import SensitivityPoint, sensitivity
@@ -73,6 +73,7 @@ __all__ = [
     "load_state_dict",
     "mask",
     "measure",
+    "plan_kind",
     "prune",
     "read_state_dict",
     "save",

@@ -129,7 +129,9 @@ def shrink(
         notes += recovery.notes
     steps = tuple(step for step in (best.plan, plan) if step != type(step)())
     notes = list(dict.fromkeys(notes))
-    return ShrinkResult(made, ShrinkPlan(steps), before, after, best.pruning, left | best.left, tuple(notes), recovery)
+    return ShrinkResult(
+        made, ShrinkPlan(steps), before, after, best.pruning, {**left, **best.left}, tuple(notes), recovery
+    )
 
 
 def _check_options(budget: Budget, methods: Sequence[str]) -> None:
