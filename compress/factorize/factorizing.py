@@ -1,6 +1,6 @@
 """Factorise a model to a budget: trace, gather Gram matrices, choose ranks, replace layers, recover."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration, num_batches_of
 from compress.cost import Cost, cost_of
 from compress.errors import BudgetError, PruneError
+from compress.factorize.importance import passed_on
 from compress.factorize.options import METHODS, Layer, Option, factorable, layers_of
 from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
@@ -100,7 +101,8 @@ def factorize(
     collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
     (grams,) = gather(model, trace, calibration, [collector])
     assert isinstance(grams, Grams)
-    layers, without = layers_of(model, sites, grams.sums, methods)
+    sums = passed_on(grams.sums, trace, dict(model.named_parameters(remove_duplicate=False)))
+    layers, without = layers_of(model, sites, sums, methods)
     left |= without
     if not layers:
         raise PruneError(
@@ -115,7 +117,7 @@ def factorize(
     made = copied(model)
     insert(made, plan, weights)
     after = cost_of(made, record(made, example_inputs, training=False))
-    recovery, notes = None, [*trace.notes, *scarce(grams.sums, choice)]
+    recovery, notes = None, [*trace.notes, *scarce(sums, choice)]
     if chosen_recovery and plan.factors:
         recovery = recovered(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
@@ -176,9 +178,9 @@ def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
     return [option, *([max(others, key=lambda other: cost(other, metric))] if others else [])]
 
 
-def scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+def scarce(sums: Mapping[Key, GramSums], chosen: Collection[str]) -> list[str]:
     """A note where the layers that were chosen have seen too few samples."""
-    few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in choice]
+    few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in chosen]
     if not few:
         return []
     return [f"too few calibration samples for {len(few)} layers ({few[0]} ...): a ridge was used; pass more data"]

@@ -1,14 +1,13 @@
 """How much of one budget pruning spends, and what factorisation does with the rest.
 
-Both lose outputs of layers, and both losses are counted in parts of the variance of what a layer writes to, so that
-they add up: a layer whose inputs were pruned is refitted by least squares to those that stay, and what a factorisation
-of the refitted weights then loses is orthogonal to what the refit could not reach. The second moments of the inputs
-that stay are part of those of all inputs, so that everything here comes from one pass over the data.
+Layers that read removed channels are refitted by least squares to what stays, and the refitted layers are factorised.
+The second moments of the inputs that stay are part of those of all inputs, so that this takes no further pass over the
+data, and a handful of divisions of the budget can be built and compared by what the model then gives.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from compress.budget import Budget
 from compress.cost import Cost
 from compress.errors import BudgetError
 from compress.factorize.factorizing import built, unprotected
-from compress.factorize.options import Layer, layers_of
+from compress.factorize.options import layers_of
 from compress.factorize.plan import FactorPlan
-from compress.factorize.selection import Choice, within_budget
+from compress.factorize.selection import within_budget
 from compress.factorize.surgery import insert
 from compress.gram import GramSums
 from compress.landing import Landing
@@ -32,75 +31,61 @@ from compress.shrink.narrow import narrow
 from compress.sites import Key, Site, by_key, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
+from compress.trial import Trial
 
 INTERVALS = 4  # of the range, at whose ends one looks first
-HALVINGS = 2  # of those beside the best
+HALVINGS = 1  # of those beside the best
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A pruned model, refitted, and how its layers are factorised to meet the budget.
+    """A model that meets the budget, not recovered yet, and how it came about.
 
-    ``pruning`` is None where nothing was pruned. ``pruned`` and ``factorised`` are what the layers lose by both.
+    ``pruning`` is None where nothing was pruned. ``left`` says by parameter why a layer cannot be factorised. ``error``
+    is that of the model's outputs on samples held out, as a part of their variance.
     """
 
     model: nn.Module
     pruning: PruneResult | None
-    layers: Sequence[Layer]
-    choice: Choice
+    factors: FactorPlan
     left: Mapping[str, str]
-    metric: str
-    pruned: float
-    factorised: float
+    error: float
 
     @property
-    def error(self) -> float:
-        """What the layers lose together."""
-        return self.pruned + self.factorised
-
-    @property
-    def plan(self) -> PrunePlan:
-        """The pruning's."""
+    def removed(self) -> PrunePlan:
+        """The pruning's plan."""
         return PrunePlan.empty() if self.pruning is None else self.pruning.plan
 
-    @cached_property
-    def made(self) -> tuple[nn.Module, FactorPlan]:
-        """The model with thin layers, and the plan of those."""
-        plan, weights = built(self.layers, self.choice, self.metric)
-        made = copied(self.model)
-        insert(made, plan, weights)
-        return made, plan
 
-
-def best_first(at: Callable[[float], Candidate], lowest: float, highest: float) -> list[Candidate]:
-    """Candidates that prune down to fractions between both ends, those that lose least first.
-
-    They are found by halving around the best of a few.
+def least(at: Callable[[float], Candidate], lowest: float, highest: float) -> Candidate:
+    """The best of some candidates that prune down to fractions between both ends, found by halving around the best.
 
     Raises:
         BudgetError: none meets the budget; says what the closest can reach.
     """
-    found: dict[float, Candidate] = {}
-    failed: dict[float, BudgetError] = {}
+    errors: dict[float, float] = {}
+    best: list[Candidate] = []
+    failed: list[BudgetError] = []
 
     def look(points: Sequence[float]) -> float:
-        for point in (point for point in points if point not in found and point not in failed):
+        for point in (point for point in points if point not in errors):
+            errors[point] = math.inf
             try:
-                found[point] = at(point)
+                candidate = at(point)
             except BudgetError as error:
-                failed[point] = error
-        if found:
-            return min(found, key=lambda point: found[point].error)
-        return min(failed, key=lambda point: failed[point].smallest or 1.0)
+                failed.append(error)
+                continue
+            errors[point] = candidate.error
+            best[:] = [min([*best, candidate], key=lambda each: each.error)]
+        return min(errors, key=lambda point: errors[point])
 
-    points = np.linspace(lowest, highest, INTERVALS + 1 if lowest < highest else 1).tolist()
-    best, step = look(points), (highest - lowest) / INTERVALS
-    for _ in range(HALVINGS if lowest < highest else 0):
+    middle, step = look(np.linspace(lowest, highest, INTERVALS + 1).tolist()), (highest - lowest) / INTERVALS
+    for _ in range(HALVINGS):
         step /= 2
-        best = look([point for point in (best - step, best + step) if lowest <= point <= highest])
-    if not found:
-        raise failed[best]
-    return [found[point] for point in sorted(found, key=lambda point: found[point].error)]
+        middle = look([point for point in (middle - step, middle + step) if lowest <= point <= highest])
+    if not best:
+        raise min(failed, key=lambda error: error.smallest or 1.0)
+    return best[0]
 
 
 class Allocation:
@@ -109,6 +94,7 @@ class Allocation:
     Args:
         sums: of the dense model, for all sites that either method changes.
         before: the dense model's cost.
+        trial: of the dense model, on samples held out.
         methods: of factorisation; none leaves all to pruning.
         protect: patterns of what is not factorised.
     """
@@ -120,12 +106,13 @@ class Allocation:
         sums: Mapping[Key, GramSums],
         before: Cost,
         budget: Budget,
+        trial: Trial,
         *,
         methods: Sequence[str],
         protect: Sequence[str],
     ) -> None:
         self._dense, self._inputs, self._sums = dense, example_inputs, sums
-        self._before, self._budget = before, budget
+        self._before, self._budget, self._trial = before, budget, trial
         self._methods, self._protect = methods, protect
 
     def candidate(self, pruning: PruneResult | None) -> Candidate:
@@ -140,28 +127,30 @@ class Allocation:
         present = total if pruning is None else getattr(pruning.after, metric)
         model = copied(self._dense if pruning is None else pruning.model)
         trace = record(model, self._inputs, training=False)
-        sums, lost = (self._sums, 0.0) if pruning is None else self._refitted(model, trace, pruning.plan)
-        if present <= allowed:
-            return Candidate(model, pruning, [], {}, {}, metric, lost, 0.0)
-        sites, left = unprotected(model, trace, self._protect) if self._methods else ([], {})
-        layers, without = layers_of(model, [site for site in sites if site.key in sums], sums, self._methods)
-        try:
-            choice = within_budget(layers, metric, present, allowed / present)
-        except BudgetError as error:
-            reached = (error.smallest or 1.0) * present / total
-            raise BudgetError(
-                f"shrinking brings {metric} down to {reached:.4g} of the model, not to {self._budget.fraction:.4g}: "
-                "allow more, or protect less",
-                reached,
-            ) from error
-        factorised = sum(option.error for option in choice.values())
-        return Candidate(model, pruning, layers, choice, left | without, metric, lost, factorised)
+        sums = self._sums if pruning is None else self._refitted(model, trace, pruning.plan)
+        factors, left = FactorPlan(), dict[str, str]()
+        if present > allowed:
+            sites, left = unprotected(model, trace, self._protect) if self._methods else ([], {})
+            layers, without = layers_of(model, [site for site in sites if site.key in sums], sums, self._methods)
+            try:
+                choice = within_budget(layers, metric, present, allowed / present)
+            except BudgetError as error:
+                reached = (error.smallest or 1.0) * present / total
+                raise BudgetError(
+                    f"shrinking brings {metric} down to {reached:.4g} of the model, not to "
+                    f"{self._budget.fraction:.4g}: allow more, or protect less",
+                    reached,
+                ) from error
+            factors, weights = built(layers, choice, metric)
+            insert(model, factors, weights)
+            left |= without
+        return Candidate(model, pruning, factors, left, self._trial.error(model))
 
-    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> tuple[dict[Key, GramSums], float]:
-        """Refit what reads removed channels; what is known of the inputs that are left, and what was lost."""
+    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> dict[Key, GramSums]:
+        """Refit what reads removed channels, and say what is known of the inputs that are left."""
         tensors, dense, sites = _tensors(model), _tensors(self._dense), by_key(find_sites(trace))
         stays = _stays(plan, dense)
-        found, total = {}, 0.0
+        found = {}
         for key, known in self._sums.items():
             if key[0] not in stays:
                 found[key] = known
@@ -172,8 +161,7 @@ class Allocation:
             found[key] = replace(part.sums, site=site)
             if key[1] == 0 and (key[0], 1) not in self._sums:  # else several uses share the weight
                 _write(part.matrix, site, known.landing, tensors)
-            total += part.lost
-        return found, total
+        return found
 
 
 def _stays(plan: PrunePlan, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,13 +12,14 @@ from compress.cost import Cost, cost_of
 from compress.criteria import Criterion
 from compress.errors import BudgetError, PruneError
 from compress.factorize.factorizing import scarce, unprotected
+from compress.factorize.importance import passed_on
 from compress.factorize.options import METHODS as FACTORISATIONS
 from compress.gram import GramCollector, GramSums
 from compress.pruning import PruneResult
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
-from compress.shrink.allocation import Allocation, Candidate, best_first
+from compress.shrink.allocation import Allocation, Candidate, least
 from compress.shrink.plan import ShrinkPlan
 from compress.shrink.pruner import Pruner
 from compress.sites import Key, Site
@@ -28,7 +29,6 @@ from compress.watch import gather
 
 METHODS = ("prune", "factorize")
 METRICS = ("macs", "params")
-TRIED = 3  # candidates that are built and compared by what the model gives
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def shrink(
 ) -> ShrinkResult:
     """Prune ``model`` and factorise what is left, so that it meets ``budget``. The model itself is not changed.
 
-    How much of the budget is spent by pruning is what makes the layers' outputs lose least on the calibration data,
-    in parts of the variance of what they are added to; either method may end up doing all of it. Nothing is trained.
+    How much of the budget pruning spends is decided by what the model's outputs lose on the last calibration batch
+    under several divisions; either method may end up doing all of it. Nothing is trained.
 
     Args:
         model: any module, in any mode.
@@ -109,9 +109,12 @@ def shrink(
     pruner = Pruner(model, example_inputs, criterion, calibration, exact_only=exact_only, protect=protect, seed=seed)
     furthest = pruner.towards(budget) if can_prune else None
     sums = _completed(pruner.sums, model, graph, sites, calibration, seed)
+    sums = passed_on(sums, graph.trace, dict(model.named_parameters(remove_duplicate=False)))
+    *_, (held_out, _) = batches(calibration, model)
     allocation = Allocation(
-        model, example_inputs, sums, before, budget, methods=FACTORISATIONS if sites else (), protect=protect
-    )
+        model, example_inputs, sums, before, budget, Trial(model, [held_out]),
+        methods=FACTORISATIONS if sites else (), protect=protect,
+    )  # fmt: skip
     lowest = 1.0 if furthest is None else getattr(furthest.after, metric) / getattr(before, metric)
 
     def at(kept: float) -> Candidate:
@@ -119,19 +122,18 @@ def shrink(
             return allocation.candidate(furthest if kept <= lowest else None)
         return allocation.candidate(pruner.to(Budget(**{metric: kept})))
 
-    best = _least_error(model, best_first(at, lowest, 1.0 if sites else lowest), calibration)
-    made, plan = best.made
-    after = cost_of(made, record(made, example_inputs, training=False))
+    best = least(at, lowest, 1.0 if sites else lowest)
+    after = cost_of(best.model, record(best.model, example_inputs, training=False))
     notes, recovery = [*graph.trace.notes, *(best.pruning.notes if best.pruning else ())], None
-    notes += scarce(sums, best.choice)
-    if recovery_methods and (best.plan.groups or plan.factors):
-        recovery = recovered(made, model, best.plan, calibration, recovery_methods, seed=seed, origins=plan.origins)
+    notes += scarce(sums, {factor.module for factor in best.factors.factors})
+    if recovery_methods and (best.removed.groups or best.factors.factors):
+        recovery = recovered(
+            best.model, model, best.removed, calibration, recovery_methods, seed=seed, origins=best.factors.origins
+        )
         notes += recovery.notes
-    steps = tuple(step for step in (best.plan, plan) if step != type(step)())
-    notes = list(dict.fromkeys(notes))
-    return ShrinkResult(
-        made, ShrinkPlan(steps), before, after, best.pruning, {**left, **best.left}, tuple(notes), recovery
-    )
+    plan = ShrinkPlan(tuple(step for step in (best.removed, best.factors) if step != type(step)()))
+    left |= best.left
+    return ShrinkResult(best.model, plan, before, after, best.pruning, left, tuple(dict.fromkeys(notes)), recovery)
 
 
 def _check_options(budget: Budget, methods: Sequence[str]) -> None:
@@ -162,12 +164,3 @@ def _completed(
     collector = lambda: GramCollector(missing, num_batches_of(calibration), seed=seed)  # noqa: E731
     (found,) = gather(model, graph.trace, calibration, [collector])
     return {**known, **found.sums}
-
-
-def _least_error(model: nn.Module, candidates: Sequence[Candidate], calibration: Calibration) -> Candidate:
-    """The candidate whose outputs differ least from the dense model's on the last batch, before any recovery."""
-    if len(candidates) == 1:
-        return candidates[0]
-    *_, (held_out, _) = batches(calibration, model)
-    trial = Trial(model, [held_out])
-    return min(candidates[:TRIED], key=lambda candidate: trial.error(candidate.made[0]))
