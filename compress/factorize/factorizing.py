@@ -9,7 +9,6 @@ from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration, num_batches_of
 from compress.cost import Cost, cost_of
 from compress.errors import BudgetError, PruneError
-from compress.factorize.importance import passed_on
 from compress.factorize.options import METHODS, Layer, Option, factorable, layers_of
 from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
@@ -101,8 +100,7 @@ def factorize(
     collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
     (grams,) = gather(model, trace, calibration, [collector])
     assert isinstance(grams, Grams)
-    sums = passed_on(grams.sums, trace, dict(model.named_parameters(remove_duplicate=False)))
-    layers, without = layers_of(model, sites, sums, methods)
+    layers, without = layers_of(model, sites, grams.sums, methods)
     left |= without
     if not layers:
         raise PruneError(
@@ -117,7 +115,7 @@ def factorize(
     made = copied(model)
     insert(made, plan, weights)
     after = cost_of(made, record(made, example_inputs, training=False))
-    recovery, notes = None, [*trace.notes, *scarce(sums, choice)]
+    recovery, notes = None, [*trace.notes, *scarce(grams.sums, choice)]
     if chosen_recovery and plan.factors:
         recovery = recovered(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins

@@ -12,7 +12,6 @@ from compress.cost import Cost, cost_of
 from compress.criteria import Criterion
 from compress.errors import BudgetError, PruneError
 from compress.factorize.factorizing import scarce, unprotected
-from compress.factorize.importance import passed_on
 from compress.factorize.options import METHODS as FACTORISATIONS
 from compress.gram import GramCollector, GramSums
 from compress.pruning import PruneResult
@@ -109,7 +108,6 @@ def shrink(
     pruner = Pruner(model, example_inputs, criterion, calibration, exact_only=exact_only, protect=protect, seed=seed)
     furthest = pruner.towards(budget) if can_prune else None
     sums = _completed(pruner.sums, model, graph, sites, calibration, seed)
-    sums = passed_on(sums, graph.trace, dict(model.named_parameters(remove_duplicate=False)))
     *_, (held_out, _) = batches(calibration, model)
     allocation = Allocation(
         model, example_inputs, sums, before, budget, Trial(model, [held_out]),

@@ -85,7 +85,7 @@ def test_one_plan_of_both_makes_the_same_model_of_a_fresh_instance(net: Net, tmp
     assert back.depthwise.groups == back.depthwise.out_channels
 
 
-@pytest.mark.parametrize("fraction", [0.6, 0.35])
+@pytest.mark.parametrize("fraction", [0.35, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_both_are_no_worse_than_either_alone_on_images_that_were_not_seen(
     digits: tuple[Digits, torch.Tensor], fraction: float
 ) -> None:
