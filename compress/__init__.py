@@ -28,11 +28,11 @@ from compress.factorize import Factor, FactorPlan, FactorResult, factorize, unfa
 from compress.loop import StopRule, iterate
 from compress.nuclear_norm import NuclearNorm
 from compress.plan import PlanGroup, PlanMember, PrunePlan
-from compress.plans import Plan
+from compress.plans import Plan, plan_kind
 from compress.pruning import PruneResult, prune
 from compress.removal import Removal
 from compress.sensitivity import SensitivityPoint, sensitivity
-from compress.shrink import ShrinkPlan
+from compress.shrink import ShrinkPlan, ShrinkResult, shrink
 from compress.sparsity import GroupLasso
 from compress.surgery import apply, mask
 
@@ -64,6 +64,7 @@ __all__ = [
     "Removal",
     "SensitivityPoint",
     "ShrinkPlan",
+    "ShrinkResult",
     "StopRule",
     "TraceError",
     "apply",
@@ -74,10 +75,12 @@ __all__ = [
     "load_state_dict",
     "mask",
     "measure",
+    "plan_kind",
     "prune",
     "read_state_dict",
     "save",
     "sensitivity",
+    "shrink",
     "trace",
     "unfactorize",
 ]

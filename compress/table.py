@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -117,15 +117,20 @@ def result_table(result: PruneResult) -> str:
     """Cost before and after, and the output channels of every layer."""
     title = "pruned exactly" if result.plan.exact else "pruned (not exactly: see plan.groups[i].inexact)"
     costs = cost_table(title, result.before, result.after)
+    tables = [costs, kept_table(result.kept), *([recovery_table(result.recovery)] if result.recovery else [])]
+    notes = "".join(f"\nnote: {note}" for note in result.notes)
+    return render(*tables) + notes
+
+
+def kept_table(kept: Mapping[str, tuple[int, int]]) -> Table:
+    """The output channels of every layer."""
     layers = Table(title="output channels")
     layers.add_column("layer")
     layers.add_column("kept", justify="right")
     layers.add_column("of", justify="right")
-    for name, (kept, total) in result.kept.items():
-        layers.add_row(name, str(kept), str(total))
-    tables = [costs, layers, *([recovery_table(result.recovery)] if result.recovery else [])]
-    notes = "".join(f"\nnote: {note}" for note in result.notes)
-    return render(*tables) + notes
+    for name, (number, total) in kept.items():
+        layers.add_row(name, str(number), str(total))
+    return layers
 
 
 def cost_table(title: str, before: Cost, after: Cost) -> Table:

@@ -1,6 +1,6 @@
 """Factorise a model to a budget: trace, gather Gram matrices, choose ranks, replace layers, recover."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -224,9 +224,9 @@ def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
     return [option, *([max(others, key=lambda other: cost(other, metric))] if others else [])]
 
 
-def scarce(sums: Mapping[Key, GramSums], choice: Choice) -> list[str]:
+def scarce(sums: Mapping[Key, GramSums], chosen: Collection[str]) -> list[str]:
     """A note where the layers that were chosen have seen too few samples."""
-    few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in choice]
+    few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in chosen]
     if not few:
         return []
     return [f"too few calibration samples for {len(few)} layers ({few[0]} ...): a ridge was used; pass more data"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compress.gram import MAX_INPUTS, traced
 from compress.labels import Array
 from compress.plan import PrunePlan
+from compress.recover.heap import trim_heap
 from compress.recover.joint import refit_chain
 from compress.recover.layer import Layer, LayerError
 from compress.recover.pair import Pair
@@ -90,6 +91,7 @@ def refit(
                         pair.small.release(chains[key])
                     if key not in waiting:
                         pair.small.release(key)
+                trim_heap()
         finally:
             for side in (side for pair in pairs for side in pair.sides):
                 side.abandon()

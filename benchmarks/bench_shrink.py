@@ -1,0 +1,124 @@
+"""Pruning, factorising, and both under one budget, where nothing is trained: accuracy against MACs and milliseconds.
+
+Claim: from a few unlabelled images `compress.shrink` keeps more accuracy at the same MACs than `compress.prune` or
+`compress.factorize` alone. MACs are not milliseconds: the latency of each model is measured beside the dense one's.
+Neither the checkpoints nor the images are part of prunus: name them by flags.
+
+Labels are used for nothing but the accuracy on the test images. Beside the JSON file go the same rows as CSV, and the
+curves as PNG.
+"""
+
+import csv
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import compress
+from benchmarks.bench_no_training import accuracy_on_test, calibration_images, print_rows
+from benchmarks.common import checkpoint_parser, parse_checkpoint, skipped, trained_model, write_results
+from compress.cost import relative_latency
+from compress.folder import write_file
+from mtl.data import ImageData
+from scripts.sources import open_data
+
+TIMED_IMAGES = 32
+COLUMNS = ("model", "method", "budget", "calibration", "macs_kept", "accuracy", "latency", "seconds", "cpu_seconds")
+METHODS: Mapping[str, Callable[..., Any]] = {
+    "prune": lambda *args, **options: compress.prune(*args, criterion="reconstruction", recover=True, **options),
+    "factorize": compress.factorize,
+    "shrink": compress.shrink,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; exit status 0, also where it has nothing to run on, and 2 for bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = checkpoint_parser(__file__, "accuracy of checkpoints that were made smaller without any training")
+    flags.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS], help="to compare")
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0], help="one draw of calibration images each")
+    config = flags.parse_args(arguments)
+    if not config.checkpoint or config.data is None:
+        return skipped(f"{Path(__file__).name} needs --checkpoint layers:resnet20_cifar=FILE@0.5 and --data ...")
+    try:
+        data = open_data(config.data, mean=config.mean, std=config.std, image_size=None, validation=0.0)
+        rows = [row for text in config.checkpoint for row in _rows(text, data, config)]
+    except (ValueError, OSError) as error:
+        print(f"{Path(__file__).stem}: {error}", file=sys.stderr)
+        return 2
+    print_rows("made smaller without training", rows)
+    settings = {"images": config.images, "batch_size": config.batch_size, "seeds": config.seeds}
+    write_results(config.output, arguments, {"settings": settings, "rows": rows})
+    write_file(config.output.with_suffix(".csv"), lambda path: _write_table(path, rows))
+    write_file(config.output.with_suffix(".png"), lambda path: _draw(path, rows))
+    return 0
+
+
+def _rows(text: str, data: ImageData, config: Any) -> Iterator[dict[str, Any]]:
+    """One row a draw of images, fraction and method, after that of the dense model."""
+    source, file, fractions = parse_checkpoint(text)
+    model = trained_model(source, file, data.num_classes)
+    dense = {"macs_kept": 1.0, "accuracy": accuracy_on_test(model, data), "latency": 1.0}
+    yield {"model": source, "method": "dense", **dense, "seconds": 0.0, "cpu_seconds": 0.0}
+    for seed in config.seeds:
+        config.seed = seed
+        batches = calibration_images(data, config)
+        for fraction in fractions:
+            for name in config.methods:
+                row = {"model": source, "method": name, "budget": fraction, "calibration": seed}
+                try:
+                    row |= _row(METHODS[name], model, fraction, batches, seed, data)
+                except compress.BudgetError as error:
+                    row |= {"failed": str(error).splitlines()[0]}
+                print(row, file=sys.stderr)
+                yield row
+
+
+def _row(
+    method: Callable[..., Any], model: nn.Module, fraction: float, batches: Sequence[Any], seed: int, data: ImageData
+) -> dict[str, Any]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = method(model, batches[0][:1], budget=compress.Budget(macs=fraction), calibration=batches, seed=seed)
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    return {
+        "macs_kept": result.after.macs / result.before.macs,
+        "accuracy": accuracy_on_test(result.model, data),
+        "latency": relative_latency(result.model, model, batches[0][:TIMED_IMAGES]),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def _draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy against MACs on the left, against latency on the right; one row of axes a model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(9, 3.5 * len(models)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, model in zip(figure.subplots(len(models), 2, squeeze=False), models, strict=True):
+        done = [row for row in rows if row["model"] == model and "accuracy" in row]
+        for axis, column, label in zip(axes, ("macs_kept", "latency"), ("MACs", "seconds"), strict=True):
+            for name in METHODS:
+                points = sorted((row[column], 100 * row["accuracy"]) for row in done if row["method"] == name)
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker="o", label=name)
+            axis.axhline(100 * done[0]["accuracy"], color="black", linewidth=0.8, label="dense")
+            axis.set(xlabel=f"{label}, part of the dense model's", ylabel="accuracy on all test images, %", title=model)
+            axis.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

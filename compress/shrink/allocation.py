@@ -1,0 +1,183 @@
+"""How much of one budget pruning spends, and what factorisation does with the rest.
+
+Layers that read removed channels are refitted by least squares to what stays, and the refitted layers are factorised.
+The second moments of the inputs that stay are part of those of all inputs, so that this takes no further pass over the
+data, and a handful of divisions of the budget can be built and compared by what the model then gives.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.budget import Budget
+from compress.cost import Cost
+from compress.errors import BudgetError
+from compress.factorize.factorizing import built, unprotected
+from compress.factorize.options import layers_of
+from compress.factorize.plan import FactorPlan
+from compress.factorize.selection import within_budget
+from compress.factorize.surgery import insert
+from compress.gram import GramSums
+from compress.landing import Landing
+from compress.plan import PrunePlan
+from compress.pruning import PruneResult
+from compress.recorder import Trace
+from compress.recover.weights import Weights
+from compress.shrink.narrow import narrow
+from compress.sites import Key, Site, by_key, find_sites
+from compress.surgery import copied
+from compress.trace import ExampleInputs, record
+from compress.trial import Trial
+
+INTERVALS = 4  # of the range, at whose ends one looks first
+HALVINGS = 1  # of those beside the best
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that meets the budget, not recovered yet, and how it came about.
+
+    ``pruning`` is None where nothing was pruned. ``left`` says by parameter why a layer cannot be factorised. ``error``
+    is that of the model's outputs on samples held out, as a part of their variance.
+    """
+
+    model: nn.Module
+    pruning: PruneResult | None
+    factors: FactorPlan
+    left: Mapping[str, str]
+    error: float
+
+    @property
+    def removed(self) -> PrunePlan:
+        """The pruning's plan."""
+        return PrunePlan.empty() if self.pruning is None else self.pruning.plan
+
+
+def least(at: Callable[[float], Candidate], lowest: float, highest: float) -> Candidate:
+    """The best of some candidates that prune down to fractions between both ends, found by halving around the best.
+
+    Raises:
+        BudgetError: none meets the budget; says what the closest can reach.
+    """
+    errors: dict[float, float] = {}
+    best: list[Candidate] = []
+    failed: list[BudgetError] = []
+
+    def look(points: Sequence[float]) -> float:
+        for point in (point for point in points if point not in errors):
+            errors[point] = math.inf
+            try:
+                candidate = at(point)
+            except BudgetError as error:
+                failed.append(error)
+                continue
+            errors[point] = candidate.error
+            best[:] = [min([*best, candidate], key=lambda each: each.error)]
+        return min(errors, key=lambda point: errors[point])
+
+    middle, step = look(np.linspace(lowest, highest, INTERVALS + 1).tolist()), (highest - lowest) / INTERVALS
+    for _ in range(HALVINGS):
+        step /= 2
+        middle = look([point for point in (middle - step, middle + step) if lowest <= point <= highest])
+    if not best:
+        raise min(failed, key=lambda error: error.smallest or 1.0)
+    return best[0]
+
+
+class Allocation:
+    """Turns prunings of ``dense`` into candidates that meet ``budget``.
+
+    Args:
+        sums: of the dense model, for all sites that either method changes.
+        before: the dense model's cost.
+        trial: of the dense model, on samples held out.
+        methods: of factorisation; none leaves all to pruning.
+        protect: patterns of what is not factorised.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        example_inputs: ExampleInputs,
+        sums: Mapping[Key, GramSums],
+        before: Cost,
+        budget: Budget,
+        trial: Trial,
+        *,
+        methods: Sequence[str],
+        protect: Sequence[str],
+    ) -> None:
+        self._dense, self._inputs, self._sums = dense, example_inputs, sums
+        self._before, self._budget, self._trial = before, budget, trial
+        self._methods, self._protect = methods, protect
+
+    def candidate(self, pruning: PruneResult | None) -> Candidate:
+        """What factorisation makes of a pruned model, or of the dense one.
+
+        Raises:
+            BudgetError: too little can be saved; says what can be reached.
+        """
+        metric = self._budget.metric
+        total = getattr(self._before, metric)
+        allowed = int(total * self._budget.fraction)
+        present = total if pruning is None else getattr(pruning.after, metric)
+        model = copied(self._dense if pruning is None else pruning.model)
+        trace = record(model, self._inputs, training=False)
+        sums = self._sums if pruning is None else self._refitted(model, trace, pruning.plan)
+        factors, left = FactorPlan(), dict[str, str]()
+        if present > allowed:
+            sites, left = unprotected(model, trace, self._protect, self._inputs) if self._methods else ([], {})
+            layers, without = layers_of(model, [site for site in sites if site.key in sums], sums, self._methods)
+            try:
+                choice = within_budget(layers, metric, present, allowed / present)
+            except BudgetError as error:
+                reached = (error.smallest or 1.0) * present / total
+                raise BudgetError(
+                    f"shrinking brings {metric} down to {reached:.4g} of the model, not to "
+                    f"{self._budget.fraction:.4g}: allow more, or protect less",
+                    reached,
+                ) from error
+            factors, weights = built(layers, choice, metric)
+            insert(model, factors, weights)
+            left |= without
+        return Candidate(model, pruning, factors, left, self._trial.error(model))
+
+    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> dict[Key, GramSums]:
+        """Refit what reads removed channels, and say what is known of the inputs that are left."""
+        tensors, dense, sites = _tensors(model), _tensors(self._dense), by_key(find_sites(trace))
+        stays = _stays(plan, dense)
+        found = {}
+        for key, known in self._sums.items():
+            if key[0] not in stays:
+                found[key] = known
+                continue
+            part, site = narrow(known, dense[key[0]].detach(), stays[key[0]]), sites.get(key)
+            if part is None or site is None or part.sums.gram.shape[:2] != (site.groups, site.num_inputs + 1):
+                continue  # a grouped convolution whose groups are not what they were
+            found[key] = replace(part.sums, site=site)
+            if key[1] == 0 and (key[0], 1) not in self._sums:  # else several uses share the weight
+                _write(part.matrix, site, known.landing, tensors)
+        return found
+
+
+def _stays(plan: PrunePlan, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which elements of parameters that lose some are left."""
+    masks: dict[str, Tensor] = {}
+    for (name, axis), indices in plan.removed().items():
+        mask = masks.setdefault(name, torch.ones(dense[name].shape, dtype=torch.bool))
+        mask.index_fill_(axis, torch.from_numpy(indices), False)
+    return masks
+
+
+def _write(matrix: Tensor, site: Site, landing: Landing, tensors: Mapping[str, Tensor]) -> None:
+    name, sign = landing.intercept or (None, 1)
+    shift = None if name is None else tensors[name].detach()
+    Weights(site, tensors[site.parameter].detach(), shift, sign, constant=False).write(matrix)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}

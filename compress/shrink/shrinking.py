@@ -1,0 +1,164 @@
+"""Shrink a model to a budget: prune, factorise what is left, recover the whole."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from compress.budget import Budget
+from compress.calibration import Calibration, batches, check_calibration, num_batches_of
+from compress.channels import ChannelGraph, trace
+from compress.cost import Cost, cost_of
+from compress.criteria import Criterion
+from compress.errors import BudgetError, PruneError
+from compress.factorize.factorizing import scarce, unprotected
+from compress.factorize.options import METHODS as FACTORISATIONS
+from compress.gram import GramCollector, GramSums
+from compress.pruning import PruneResult
+from compress.recover import Recovery, methods_of
+from compress.recover import recover as recovered
+from compress.sandbox import no_collections, on_meta, unwrapped
+from compress.shrink.allocation import Allocation, Candidate, least
+from compress.shrink.plan import ShrinkPlan
+from compress.shrink.pruner import Pruner
+from compress.sites import Key, Site
+from compress.trace import ExampleInputs, record
+from compress.trial import Trial
+from compress.watch import gather
+
+METHODS = ("prune", "factorize")
+METRICS = ("macs", "params")
+
+
+@dataclass(frozen=True)
+class ShrinkResult:
+    """A shrunk model and how it came about.
+
+    ``pruning`` is the first step by itself, None where nothing was pruned. ``left`` says by parameter why a layer
+    cannot be factorised, ``notes`` what a user should know, ``recovery`` what was won back without training.
+    """
+
+    model: nn.Module
+    plan: ShrinkPlan
+    before: Cost
+    after: Cost
+    pruning: PruneResult | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    recovery: Recovery | None = None
+
+    def summary(self) -> str:
+        """Before, between and after as a table, with what became of each layer."""
+        from compress.shrink.table import result_table
+
+        return result_table(self)
+
+
+@no_collections()
+def shrink(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    budget: Budget,
+    methods: Sequence[str] = METHODS,
+    calibration: Calibration | None = None,
+    criterion: str | Criterion = "reconstruction",
+    recover: bool | Sequence[str] = True,
+    exact_only: bool = False,
+    protect: Sequence[str] = (),
+    seed: int = 0,
+) -> ShrinkResult:
+    """Prune ``model`` and factorise what is left, so that it meets ``budget``. The model itself is not changed.
+
+    How much of the budget pruning spends is decided by what the model's outputs lose on the last calibration batch
+    under several divisions; either method may end up doing all of it. Nothing is trained.
+
+    Args:
+        model: any module, in any mode.
+        example_inputs: what it is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        budget: the fraction to keep of macs or params; never exceeded.
+        methods: "prune" (see :func:`compress.prune`) and "factorize" (see :func:`compress.factorize`), or one of them.
+        calibration: batches of inputs, without labels unless the criterion needs them; a DataLoader will do.
+        criterion: which channels go first: as for :func:`compress.prune`.
+        recover: refit the new model to the dense one from ``calibration``, without training: True, or names from
+            :data:`compress.recover.METHODS`.
+        exact_only: prune only what can be removed exactly.
+        protect: shell patterns of parameter or module names that stay as they are, such as ``"head.*"``.
+        seed: for the positions of images that are looked at.
+
+    Raises:
+        TraceError: the model does not run on its example inputs.
+        BudgetError: the budget cannot be reached; says what can. Or it is of latency or channels.
+        CalibrationError: there are no data, or they do not fit.
+        PruneError: nothing can be changed (the reasons are listed), or an option is unknown.
+    """
+    model = unwrapped(model)
+    _check_options(budget, methods)
+    recovery_methods = methods_of(recover)
+    calibration = check_calibration(calibration, "shrink")
+    if on_meta(model):
+        raise PruneError("a model on the meta device has no values to go by: load its weights first")
+    graph = trace(model, example_inputs).protecting(protect)
+    graph = graph.exactly() if exact_only else graph
+    sites, left = unprotected(model, graph.trace, protect, example_inputs) if "factorize" in methods else ([], {})
+    can_prune = "prune" in methods and len(graph.groups) > 0
+    if not can_prune and not sites:
+        raise PruneError(f"nothing can be shrunk: {_reasons(graph, left)}")
+    before, metric = cost_of(model, graph.trace), budget.metric
+    pruner = Pruner(model, example_inputs, criterion, calibration, exact_only=exact_only, protect=protect, seed=seed)
+    furthest = pruner.towards(budget) if can_prune else None
+    sums = _completed(pruner.sums, model, graph, sites, calibration, seed)
+    *_, (held_out, _) = batches(calibration, model)
+    allocation = Allocation(
+        model, example_inputs, sums, before, budget, Trial(model, [held_out]),
+        methods=FACTORISATIONS if sites else (), protect=protect,
+    )  # fmt: skip
+    lowest = 1.0 if furthest is None else getattr(furthest.after, metric) / getattr(before, metric)
+
+    def at(kept: float) -> Candidate:
+        if kept <= lowest or kept >= 1:
+            return allocation.candidate(furthest if kept <= lowest else None)
+        return allocation.candidate(pruner.to(Budget(**{metric: kept})))
+
+    best = least(at, lowest, 1.0 if sites else lowest)
+    after = cost_of(best.model, record(best.model, example_inputs, training=False))
+    notes, recovery = [*graph.trace.notes, *(best.pruning.notes if best.pruning else ())], None
+    notes += scarce(sums, {factor.module for factor in best.factors.factors})
+    if recovery_methods and (best.removed.groups or best.factors.factors):
+        recovery = recovered(
+            best.model, model, best.removed, calibration, recovery_methods, seed=seed, origins=best.factors.origins
+        )
+        notes += recovery.notes
+    plan = ShrinkPlan(tuple(step for step in (best.removed, best.factors) if step != type(step)()))
+    left |= best.left
+    return ShrinkResult(best.model, plan, before, after, best.pruning, left, tuple(dict.fromkeys(notes)), recovery)
+
+
+def _check_options(budget: Budget, methods: Sequence[str]) -> None:
+    for method in methods:
+        if method not in METHODS:
+            raise PruneError(f"method {method!r} is unknown: choose among {', '.join(METHODS)}")
+    if not methods:
+        raise PruneError(f"no method is given: choose among {', '.join(METHODS)}")
+    if budget.metric not in METRICS:
+        raise BudgetError(
+            f"shrink spends macs or params, not {budget.metric}: pass Budget(macs={budget.fraction}), or prune alone"
+        )
+
+
+def _reasons(graph: ChannelGraph, left: Mapping[str, str]) -> str:
+    found = [f"{name}: {reason}" for name, reason in left.items()] + [str(axis) for axis in graph.frozen]
+    return "; ".join(found[:6]) or "the model has no weights"
+
+
+def _completed(
+    known: Mapping[Key, GramSums], model: nn.Module, graph: ChannelGraph, sites: Sequence[Site],
+    calibration: Calibration, seed: int,
+) -> dict[Key, GramSums]:  # fmt: skip
+    """Gram matrices of all ``sites``: those that are not ``known`` are gathered now."""
+    missing = [site for site in sites if site.key not in known]
+    if not missing:
+        return dict(known)
+    collector = lambda: GramCollector(missing, num_batches_of(calibration), seed=seed)  # noqa: E731
+    (found,) = gather(model, graph.trace, calibration, [collector])
+    return {**known, **found.sums}
