@@ -15,11 +15,13 @@ import torchvision
 from torch import Tensor, fx, nn
 
 import layers
+from layers.functional import bn_act
+from layers.inference import kernels as inference
 from layers.inference.fuse import Activation, FusedLayer
-from layers.inference.kernels import Fused, kernels
 from layers.kernels import conv_bn_act
 from layers.kernels.conv_bn_act import NormArguments, activation_name, batch_norm_act
 from layers.models.resnet_cifar import BasicBlock
+from tests.compress.helpers import assert_exact
 
 TOLERANCE = 1e-4  # of the norm of a tensor in float32
 
@@ -154,11 +156,11 @@ def check_inference() -> None:
         (FusedLayer(conv, options, residual=True, activation=relu6), (x, weight, None, image(2, 8, 3, 5))),
         (FusedLayer(linear, residual=True), (rows, matrix, bias, torch.randn(5, 8))),
     ):
-        found = {type(kernel): (kernel, constants) for kernel, constants in kernels(layer, *inputs[:3])}
-        kernel, constants = found[Fused]
+        found = {type(kernel): (kernel, constants) for kernel, constants in inference.kernels(layer, *inputs[:3])}
+        kernel, constants = found[inference.Fused]
         torch.testing.assert_close(kernel(inputs[0], *constants, *inputs[3:]), layer(*inputs), rtol=1e-4, atol=1e-4)
     unknown = FusedLayer(conv, options, activation=Activation("hardtanh", (-1.0, 1.0)))
-    assert Fused not in {type(kernel) for kernel, _ in kernels(unknown, x, weight, bias)}
+    assert inference.Fused not in {type(kernel) for kernel, _ in inference.kernels(unknown, x, weight, bias)}
 
 
 CHECKS = (check_blocks, check_models, check_inference)
@@ -203,3 +205,22 @@ def test_without_kernels_calls_stay() -> None:
     expected = trained(copy.deepcopy(model), x)
     for actual, wanted in zip(trained(layers.optimize_for_training(model), x), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+class Fused(nn.Module):
+    """As a block is traced in training on a device with kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.training:
+            return self.second(bn_act(y, y, weight=self.norm.weight, bias=self.norm.bias)[0])
+        return self.second(F.relu(self.norm(y) + y))
+
+
+def test_compress_sees_through_the_operator() -> None:
+    result = assert_exact(Fused(), torch.randn(2, 3, 7, 6))
+    assert {"first.weight", "norm.weight", "second.weight"} <= {member.parameter for member in result.plan.members()}

@@ -53,6 +53,7 @@ def test_opcheck(channels_last: bool) -> None:
             )
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 def test_opcheck_of_crf() -> None:
     emissions, transitions, start, end = tensor(2, 4, 3), tensor(3, 3), tensor(3), tensor(3)
     kinds = torch.tensor([[1, 2, 2, 2], [0, 1, 0, 2]], dtype=torch.int8)
