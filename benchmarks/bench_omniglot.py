@@ -128,6 +128,8 @@ class _Rows:
         found = []
         for drawings, arm in sorted({(row["drawings"], row["arm"]) for row in self._rows if row["split"] == "test"}):
             ours, single = (self._tested(name, drawings) for name in (arm, "single-task"))
+            if not ours:  # rows of recipes that are candidates no more
+                continue
             line = {"drawings": drawings, "arm": arm, "seeds": len(ours), "accuracy": mean(ours.values())}
             line |= {"deviation": stdev(ours.values()) if len(ours) > 1 else None}
             recipe, statistics = self.best(arm, drawings)

@@ -37,6 +37,7 @@ def table(results: Path) -> str:
         ("bench_retrain", _retrain),
         ("bench_retrain_gpu", _retrain),
         ("bench_school", _school),
+        ("bench_omniglot", _omniglot),
     ):
         path = results / f"{name}.json"
         if path.exists():
@@ -125,13 +126,30 @@ def _retrain(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _school(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for part in sorted({row["train"] for row in found["summary"]}, reverse=True):
-        explained = {row["model"]: row["explained"] for row in found["summary"] if row["train"] == part}
+        own = [row for row in found["summary"] if row["train"] == part]
+        splits = max(row["splits"] for row in own)  # a model that lacks some, since a run was interrupted, is left out
+        explained = {row["model"]: row["explained"] for row in own if row["splits"] == splits}
         best = max(explained, key=explained.__getitem__)
         alone, deviations = explained["independent ridge"], explained["trace norm of deviations"]
         figure = (
             f"{explained[best]:.1%} ({best}), {deviations:.1%} (trace norm of deviations), {alone:.1%} (each alone)"
         )
         rows.append((f"School data, variance explained from {part:.0%} of the students", figure))
+    return rows
+
+
+def _omniglot(found: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for drawings in sorted({line["drawings"] for line in found["summary"]}):
+        lines = {line["arm"]: line for line in found["summary"] if line["drawings"] == drawings}
+        alone = lines.get("single-task", {"seeds": 0})
+        gains = [line for line in lines.values() if "gain" in line and line["seeds"] == alone["seeds"]]
+        if gains:
+            best = max(gains, key=lambda line: line["gain"])
+            gain, low, high = (f"{100 * best[name]:+.1f}" for name in ("gain", "gain_low", "gain_high"))
+            figure = f"{best['accuracy']:.1%} ({best['arm']}), {alone['accuracy']:.1%} (a network per alphabet): "
+            figure += f"{gain} points ({low} to {high}, seeds: {best['seeds']})"
+            rows.append((f"Omniglot, accuracy from {drawings} drawings of a character", figure))
     return rows
 
 

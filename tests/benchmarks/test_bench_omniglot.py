@@ -53,6 +53,10 @@ def test_every_arm_is_tuned_and_compared_and_goes_on_where_it_stopped(
     union = lines["all + union"]
     assert union["gain"] == pytest.approx(union["accuracy"] - lines["single-task"]["accuracy"])
     assert union["gain_low"] <= union["gain"] <= union["gain_high"]
+    assert document["missing"] == []
+    monkeypatch.setattr(bench_omniglot, "CANDIDATES", (Recipe(steps=1), Recipe(steps=3)))
+    assert bench_omniglot.main([*flags, "1", "--arms", "single-task"]) == 0
+    assert len(json.loads(output.read_text())["rows"]) > len(document["rows"])
 
 
 @pytest.mark.parametrize("arm", ARMS)

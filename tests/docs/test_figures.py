@@ -39,3 +39,27 @@ def test_a_training_budget_is_shown_with_the_best_of_the_peer() -> None:
         "net to 50.0% of the MACs, 10 epochs in all",
         "91.50% test accuracy (seeds: 2); Torch-Pruning's best (taylor): 90.50% (seeds: 2)",
     )
+
+
+def test_the_best_way_of_sharing_is_shown_where_all_seeds_are_there() -> None:
+    alone = {"drawings": 2, "arm": "single-task", "seeds": 5, "accuracy": 0.7}
+    gain = {"gain": 0.02, "gain_low": 0.01, "gain_high": 0.03}
+    all_of_it = {"drawings": 2, "arm": "all", "seeds": 5, "accuracy": 0.72, **gain}
+    interrupted = {**all_of_it, "arm": "first two", "seeds": 2, "gain": 0.05}
+    assert figures._omniglot({"summary": [alone, all_of_it, interrupted]}) == [
+        (
+            "Omniglot, accuracy from 2 drawings of a character",
+            "72.0% (all), 70.0% (a network per alphabet): +2.0 points (+1.0 to +3.0, seeds: 5)",
+        )
+    ]
+    assert figures._omniglot({"summary": [alone, {**alone, "drawings": 1}]}) == []
+
+
+def test_a_model_that_lacks_splits_is_not_the_best() -> None:
+    names = ("independent ridge", "trace norm of deviations", "stack")
+    lines = [
+        {"train": 0.75, "model": name, "splits": splits, "explained": explained}
+        for name, splits, explained in zip(names, (10, 10, 1), (0.35, 0.378, 0.39), strict=True)
+    ]
+    ((_, figure),) = figures._school({"summary": lines})
+    assert figure.startswith("37.8% (trace norm of deviations)")
