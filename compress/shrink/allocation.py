@@ -1,8 +1,9 @@
 """How much of one budget pruning spends, and what factorisation does with the rest.
 
-Layers that read removed channels are refitted by least squares to what stays, and the refitted layers are factorised.
-The second moments of the inputs that stay are part of those of all inputs, so that this takes no further pass over the
-data, and a handful of divisions of the budget can be built and compared by what the model then gives.
+Both lose outputs of layers, and both losses are counted in parts of the variance of what a layer writes to, so that
+they add up: a layer that reads removed channels is refitted by least squares to those that stay, and what factorising
+the refitted weights then loses is orthogonal to what the refit could not reach. The second moments of the inputs that
+stay are part of those of all inputs, so that this takes no further pass over the data.
 """
 
 import math
@@ -17,9 +18,9 @@ from compress.budget import Budget
 from compress.cost import Cost
 from compress.errors import BudgetError
 from compress.factorize.factorizing import built, unprotected
-from compress.factorize.options import layers_of
+from compress.factorize.options import Layer, layers_of
 from compress.factorize.plan import FactorPlan
-from compress.factorize.selection import within_budget
+from compress.factorize.selection import Choice, within_budget
 from compress.factorize.surgery import insert
 from compress.gram import GramSums
 from compress.landing import Landing
@@ -31,30 +32,37 @@ from compress.shrink.narrow import narrow
 from compress.sites import Key, Site, by_key, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
-from compress.trial import Trial
 
 INTERVALS = 4  # of the range, at whose ends one looks first
-HALVINGS = 1  # of those beside the best
+HALVINGS = 2  # of those beside the best
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that meets the budget, not recovered yet, and how it came about.
+    """A pruned and refitted model, and how its layers are factorised to meet the budget of ``metric``.
 
     ``pruning`` is None where nothing was pruned. ``left`` says by parameter why a layer cannot be factorised. ``error``
-    is that of the model's outputs on samples held out, as a part of their variance.
+    is what all layers lose together.
     """
 
     model: nn.Module
     pruning: PruneResult | None
-    factors: FactorPlan
+    layers: Sequence[Layer]
+    choice: Choice
     left: Mapping[str, str]
+    metric: str
     error: float
 
     @property
     def removed(self) -> PrunePlan:
         """The pruning's plan."""
         return PrunePlan.empty() if self.pruning is None else self.pruning.plan
+
+    def made(self) -> tuple[nn.Module, FactorPlan]:
+        """The model itself with thin layers, and the plan of those."""
+        factors, weights = built(self.layers, self.choice, self.metric)
+        insert(self.model, factors, weights)
+        return self.model, factors
 
 
 def least(at: Callable[[float], Candidate], lowest: float, highest: float) -> Candidate:
@@ -94,7 +102,6 @@ class Allocation:
     Args:
         sums: of the dense model, for all sites that either method changes.
         before: the dense model's cost.
-        trial: of the dense model, on samples held out.
         methods: of factorisation; none leaves all to pruning.
         protect: patterns of what is not factorised.
     """
@@ -106,13 +113,12 @@ class Allocation:
         sums: Mapping[Key, GramSums],
         before: Cost,
         budget: Budget,
-        trial: Trial,
         *,
         methods: Sequence[str],
         protect: Sequence[str],
     ) -> None:
         self._dense, self._inputs, self._sums = dense, example_inputs, sums
-        self._before, self._budget, self._trial = before, budget, trial
+        self._before, self._budget = before, budget
         self._methods, self._protect = methods, protect
 
     def candidate(self, pruning: PruneResult | None) -> Candidate:
@@ -127,30 +133,28 @@ class Allocation:
         present = total if pruning is None else getattr(pruning.after, metric)
         model = copied(self._dense if pruning is None else pruning.model)
         trace = record(model, self._inputs, training=False)
-        sums = self._sums if pruning is None else self._refitted(model, trace, pruning.plan)
-        factors, left = FactorPlan(), dict[str, str]()
-        if present > allowed:
-            sites, left = unprotected(model, trace, self._protect, self._inputs) if self._methods else ([], {})
-            layers, without = layers_of(model, [site for site in sites if site.key in sums], sums, self._methods)
-            try:
-                choice = within_budget(layers, metric, present, allowed / present)
-            except BudgetError as error:
-                reached = (error.smallest or 1.0) * present / total
-                raise BudgetError(
-                    f"shrinking brings {metric} down to {reached:.4g} of the model, not to "
-                    f"{self._budget.fraction:.4g}: allow more, or protect less",
-                    reached,
-                ) from error
-            factors, weights = built(layers, choice, metric)
-            insert(model, factors, weights)
-            left |= without
-        return Candidate(model, pruning, factors, left, self._trial.error(model))
+        sums, lost = (self._sums, 0.0) if pruning is None else self._refitted(model, trace, pruning.plan)
+        if present <= allowed:
+            return Candidate(model, pruning, [], {}, {}, metric, lost)
+        sites, left = unprotected(model, trace, self._protect, self._inputs) if self._methods else ([], {})
+        layers, without = layers_of(model, [site for site in sites if site.key in sums], sums, self._methods)
+        try:
+            choice = within_budget(layers, metric, present, allowed / present)
+        except BudgetError as error:
+            reached = (error.smallest or 1.0) * present / total
+            raise BudgetError(
+                f"shrinking brings {metric} down to {reached:.4g} of the model, not to {self._budget.fraction:.4g}: "
+                "allow more, or protect less",
+                reached,
+            ) from error
+        lost += sum(option.error for option in choice.values())
+        return Candidate(model, pruning, layers, choice, {**left, **without}, metric, lost)
 
-    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> dict[Key, GramSums]:
-        """Refit what reads removed channels, and say what is known of the inputs that are left."""
+    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> tuple[dict[Key, GramSums], float]:
+        """Refit what reads removed channels; what is known of the inputs that are left, and what was lost."""
         tensors, dense, sites = _tensors(model), _tensors(self._dense), by_key(find_sites(trace))
         stays = _stays(plan, dense)
-        found = {}
+        found, total = {}, 0.0
         for key, known in self._sums.items():
             if key[0] not in stays:
                 found[key] = known
@@ -161,7 +165,8 @@ class Allocation:
             found[key] = replace(part.sums, site=site)
             if key[1] == 0 and (key[0], 1) not in self._sums:  # else several uses share the weight
                 _write(part.matrix, site, known.landing, tensors)
-        return found
+            total += part.lost
+        return found, total
 
 
 def _stays(plan: PrunePlan, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

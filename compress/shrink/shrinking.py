@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from compress.budget import Budget
-from compress.calibration import Calibration, batches, check_calibration, num_batches_of
+from compress.calibration import Calibration, check_calibration, num_batches_of
 from compress.channels import ChannelGraph, trace
 from compress.cost import Cost, cost_of
 from compress.criteria import Criterion
@@ -23,7 +23,6 @@ from compress.shrink.plan import ShrinkPlan
 from compress.shrink.pruner import Pruner
 from compress.sites import Key, Site
 from compress.trace import ExampleInputs, record
-from compress.trial import Trial
 from compress.watch import gather
 
 METHODS = ("prune", "factorize")
@@ -70,8 +69,8 @@ def shrink(
 ) -> ShrinkResult:
     """Prune ``model`` and factorise what is left, so that it meets ``budget``. The model itself is not changed.
 
-    How much of the budget pruning spends is decided by what the model's outputs lose on the last calibration batch
-    under several divisions; either method may end up doing all of it. Nothing is trained.
+    How much of the budget pruning spends is what makes the layers' outputs lose least on the calibration data, in
+    parts of the variance of what they are added to; either method may end up doing all of it. Nothing is trained.
 
     Args:
         model: any module, in any mode.
@@ -108,11 +107,8 @@ def shrink(
     pruner = Pruner(model, example_inputs, criterion, calibration, exact_only=exact_only, protect=protect, seed=seed)
     furthest = pruner.towards(budget) if can_prune else None
     sums = _completed(pruner.sums, model, graph, sites, calibration, seed)
-    *_, (held_out, _) = batches(calibration, model)
-    allocation = Allocation(
-        model, example_inputs, sums, before, budget, Trial(model, [held_out]),
-        methods=FACTORISATIONS if sites else (), protect=protect,
-    )  # fmt: skip
+    factorisations = FACTORISATIONS if sites else ()
+    allocation = Allocation(model, example_inputs, sums, before, budget, methods=factorisations, protect=protect)
     lowest = 1.0 if furthest is None else getattr(furthest.after, metric) / getattr(before, metric)
 
     def at(kept: float) -> Candidate:
@@ -121,17 +117,18 @@ def shrink(
         return allocation.candidate(pruner.to(Budget(**{metric: kept})))
 
     best = least(at, lowest, 1.0 if sites else lowest)
-    after = cost_of(best.model, record(best.model, example_inputs, training=False))
+    made, factors = best.made()
+    after = cost_of(made, record(made, example_inputs, training=False))
     notes, recovery = [*graph.trace.notes, *(best.pruning.notes if best.pruning else ())], None
-    notes += scarce(sums, {factor.module for factor in best.factors.factors})
-    if recovery_methods and (best.removed.groups or best.factors.factors):
+    notes += scarce(sums, best.choice)
+    if recovery_methods and (best.removed.groups or factors.factors):
         recovery = recovered(
-            best.model, model, best.removed, calibration, recovery_methods, seed=seed, origins=best.factors.origins
+            made, model, best.removed, calibration, recovery_methods, seed=seed, origins=factors.origins
         )
         notes += recovery.notes
-    plan = ShrinkPlan(tuple(step for step in (best.removed, best.factors) if step != type(step)()))
+    plan = ShrinkPlan(tuple(step for step in (best.removed, factors) if step != type(step)()))
     left |= best.left
-    return ShrinkResult(best.model, plan, before, after, best.pruning, left, tuple(dict.fromkeys(notes)), recovery)
+    return ShrinkResult(made, plan, before, after, best.pruning, left, tuple(dict.fromkeys(notes)), recovery)
 
 
 def _check_options(budget: Budget, methods: Sequence[str]) -> None:

@@ -45,26 +45,30 @@ def test_a_convolution_that_lost_inputs_and_outputs_is_that_of_lstsq(bias: bool)
         wanted = wanted - conv.bias.detach()[outputs]
         rows = torch.cat([rows, ones], 1)
     solution = torch.linalg.lstsq(rows, wanted).solution
+    left = ((wanted - rows @ solution) ** 2).mean(0)
     matrix = found.matrix[0] if bias else found.matrix[0, :, :-1]
     torch.testing.assert_close(matrix, solution.T, rtol=1e-3, atol=1e-4)
+    assert found.lost == pytest.approx(float((left * found.sums.output_share[0]).sum()), rel=1e-3)
     torch.testing.assert_close(found.sums.gram[0, :-1, :-1], rows[:, :36].T @ rows[:, :36])
 
 
 def test_nothing_gone_changes_nothing_and_copies_stand_in_without_loss() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double().eval()
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)).double().eval()
     with torch.no_grad():
         model[0].weight[5], model[0].bias[5] = model[0].weight[2], model[0].bias[2]
-    x = torch.randn(200, 4, dtype=torch.float64)
+    x = torch.randn(200, 8, dtype=torch.float64)
     known = _known(model, x)
     weight = model[1].weight.detach()
     same = narrow(known, weight, torch.ones_like(weight, dtype=torch.bool))
     assert same is not None
+    assert same.lost == 0
     torch.testing.assert_close(same.matrix[0, :, :-1], weight)
     stays = torch.ones_like(weight, dtype=torch.bool)
     stays[:, 5] = False
     found = narrow(known, weight, stays)
     assert found is not None
+    assert 0 <= found.lost < 1e-5
     torch.testing.assert_close(found.matrix[0, :, 2], weight[:, 2] + weight[:, 5], rtol=1e-3, atol=1e-4)
 
 
