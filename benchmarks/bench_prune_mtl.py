@@ -161,7 +161,8 @@ def _stack(config: Any, seed: int) -> list[dict[str, Any]]:
 def _spared(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     worst = {arm: mean(run["worst_drop"] for run in runs if run["arm"] == arm) for arm in ARMS}
     average = {arm: mean(run["mean_drop"] for run in runs if run["arm"] == arm) for arm in ARMS}
-    ratios = {arm: worst[arm] / worst["mixed"] for arm in ARMS}
+    # (untrained models lose nothing)
+    ratios = {arm: worst[arm] / worst["mixed"] if worst["mixed"] > 0 else None for arm in ARMS}
     claim = "balanced: at most 0.7 of the mixed criterion's worst drop"
     return {
         "worst_drop": worst,

@@ -11,10 +11,9 @@ def print_round(record: RoundRecord, dense: RoundRecord, rounds: int) -> None:
     """One round against the dense model, with the percentage of output channels that every layer has kept."""
     table = Table(title=f"round {record.round} of {rounds}" if record.round else "dense model", title_justify="left")
     test = [] if record.test is None else [("test", f"{record.test:.2%}")]
-    tasks = [(task, f"{value:.2%}") for task, value in several(record).items()]
+    tasks = several(record)
     cells = [
-        ("mean" if tasks else "accuracy", f"{record.accuracy:.2%}"),
-        *tasks,
+        ("mean of tasks" if tasks else "accuracy", f"{record.accuracy:.2%}"),
         *test,
         ("parameters", f"{record.params:,} ({record.params / dense.params:.0%})"),
         ("MACs", f"{record.macs:,} ({record.macs / dense.macs:.0%})"),
@@ -23,7 +22,10 @@ def print_round(record: RoundRecord, dense: RoundRecord, rounds: int) -> None:
     for column, _ in cells:
         table.add_column(column, justify="right", no_wrap=True)
     kept = " ".join(f"{100 * left / total:.0f}" for left, total in record.kept.values())
-    table.caption, table.caption_justify = f"kept per layer (%): {kept}", "left"
+    # (as many columns as there are tasks would not fit)
+    by_task = ", ".join(f"{task} {value:.2%}" for task, value in tasks.items())
+    table.caption = f"{by_task}\n" * bool(tasks) + f"kept per layer (%): {kept}"
+    table.caption_justify = "left"
     table.add_row(*(text for _, text in cells))
     Console().print(table)
 
