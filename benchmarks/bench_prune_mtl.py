@@ -169,7 +169,7 @@ def _spared(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean_drop": average,
         "ratio": ratios,
         "claim": claim,
-        "met": ratios["balanced"] <= 0.7,
+        "met": ratios["balanced"] is not None and ratios["balanced"] <= 0.7,
     }
 
 

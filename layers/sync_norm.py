@@ -50,8 +50,8 @@ class SyncBatchNorm(_BatchNorm):
         Norms keep their parameters and buffers, so that optimisers and checkpoints go on. For a model that is itself a
         batch norm, what takes its place is returned.
 
-        >>> SyncBatchNorm.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
-        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> type(SyncBatchNorm.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]).__name__
+        'SyncBatchNorm'
         """
         made: dict[nn.Module, SyncBatchNorm] = {}  # a norm that is used in two places stays one
         for module in list(model.modules()):

@@ -36,4 +36,4 @@ def fuses(x: Tensor) -> bool:
     Where kernels are in Triton: there the steps are passes over memory, of which one operator saves most. On CPUs
     PyTorch's operators in turn are as fast, and a compiler fuses the steps itself, with what is around them.
     """
-    return uses_triton(x) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and uses_triton(x)

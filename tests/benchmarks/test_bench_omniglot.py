@@ -110,7 +110,7 @@ def test_a_strong_coupling_keeps_the_networks_of_all_tasks_alike(drawings: Path)
         assert set(accuracies) == set(STATISTICS)
         assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
         first, second = made.pop().stacks["conv2_weight"]
-        return float((first - second).norm())
+        return float((first - second).detach().norm())
 
     assert distance(10.0) < 0.5 * distance(0.0)
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import compress
+from layers.functional import bn_act
 from tests.compress.helpers import Apply, assert_exact, assert_trains, between, image, lively, outputs
 
 aten = torch.ops.aten
@@ -82,6 +83,22 @@ def _weight_norm() -> nn.Module:
 
 
 CASES["weight norm"] = lambda: (_weight_norm(), image())
+
+
+class Fused(nn.Module):
+    """The operator that layers use where kernels are fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 15, 3), nn.Conv2d(15, 5, 1)
+        self.weight, self.bias = nn.Parameter(torch.rand(15) + 0.5), nn.Parameter(torch.randn(15))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(bn_act(x, x.sigmoid(), weight=self.weight, bias=self.bias, activation="relu")[0])
+
+
+CASES["fused with residual and activation"] = lambda: (Fused(), image())
 
 
 @pytest.mark.parametrize("name", CASES)
