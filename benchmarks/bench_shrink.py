@@ -1,8 +1,8 @@
 """Pruning, factorising, and both under one budget, where nothing is trained: accuracy against MACs and milliseconds.
 
-Claim: from a few unlabelled images `compress.shrink` keeps more accuracy at the same MACs than `compress.prune` or
-`compress.factorize` alone. MACs are not milliseconds: the latency of each model is measured beside the dense one's.
-Neither the checkpoints nor the images are part of prunus: name them by flags.
+From a few unlabelled images: `compress.shrink` beside `compress.prune` and `compress.factorize` alone. MACs are not
+milliseconds: the latency of each model is measured beside the dense one's. Neither the checkpoints nor the images are
+part of prunus: name them by flags.
 
 Labels are used for nothing but the accuracy on the test images. Beside the JSON file go the same rows as CSV, and the
 curves as PNG.

@@ -1,0 +1,48 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from benchmarks import bench_shrink
+
+TINY = ["--data", "digits", "--mean", "0.3", "--std", "0.4", "--images", "640", "--batch-size", "128"]
+
+
+def test_says_what_it_needs_and_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "result.json"
+    assert bench_shrink.main(["--output", str(output)]) == 0
+    assert "skipped: bench_shrink.py needs --checkpoint" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_every_method_is_a_row_of_the_table_and_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 10),
+    )
+    monkeypatch.setattr(bench_shrink, "trained_model", lambda *_: net.eval())
+    output = tmp_path / "result.json"
+    assert bench_shrink.main([*TINY, "--checkpoint", "layers:net=file@0.6,0.0001", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", *bench_shrink.METHODS, *bench_shrink.METHODS]
+    assert all(0.5 < row["macs_kept"] <= 0.6 and row["latency"] > 0 for row in rows[1:4])
+    assert all("failed" in row for row in rows[4:])  # out of reach
+    with output.with_suffix(".csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == [row["method"] for row in rows]
+    assert float(table[3]["accuracy"]) == rows[3]["accuracy"]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "result.json"
+    assert bench_shrink.main([*TINY, "--checkpoint", "layers:digits_cnn", "--output", str(output)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not output.exists()
