@@ -143,7 +143,7 @@ def write_results(path: Path, argv: Sequence[str], results: Mapping[str, Any], p
     """Write ``results`` with what is needed to read and repeat them; ``packages`` are peers whose version matters."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "command": _command(path.stem, argv),
+        "command": _command(path, argv),
         "commit": _commit(),
         "device": _device(),
         "versions": {name: _version(name) for name in ("torch", "torchvision", "numpy", *packages)},
@@ -153,8 +153,10 @@ def write_results(path: Path, argv: Sequence[str], results: Mapping[str, Any], p
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _command(name: str, argv: Sequence[str]) -> str:
+def _command(output: Path, argv: Sequence[str]) -> str:
     """The command without folders: results are read by people whose files lie elsewhere."""
+    script = Path(sys.argv[0]).stem
+    name = script if (ROOT / "benchmarks" / f"{script}.py").exists() else output.stem  # called from Python
     words = [re.sub(r"[^:=\s]*/", "", word) for word in argv]
     return " ".join(["python", f"benchmarks/{name}.py", *words])
 

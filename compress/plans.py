@@ -44,8 +44,8 @@ P = TypeVar("P", bound=type[Plan])
 def plan_kind(cls: P) -> P:
     """Class decorator: files may hold such plans from now on.
 
-    >>> sorted(PLANS)
-    ['factorize', 'prune', 'shrink']
+    >>> {"prune", "factorize", "shrink"} <= set(PLANS)
+    True
     """
     PLANS[cls.kind] = cls
     return cls
