@@ -20,6 +20,7 @@ WIDTHS = (16, 32, 64)
 NUM_FEATURES = WIDTHS[-1] * 3 * 3  # 28 x 28 pixels, halved by the stride of the first block and the pooling of others
 BATCH_SIZE = 16  # drawings of each alphabet in a step
 CONVOLUTIONS, NORMS = {"conv1", "conv2", "conv3"}, {"norm1", "norm2", "norm3"}
+FIRST_TWO = {"conv1", "norm1", "conv2", "norm2"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ ARMS = {
     "single-task": Arm(),
     "all": Arm(frozenset(CONVOLUTIONS | NORMS)),
     "convolutions": Arm(frozenset(CONVOLUTIONS)),  # batch norms are private
-    "first two": Arm(frozenset({"conv1", "norm1", "conv2", "norm2"})),
+    "first two": Arm(frozenset(FIRST_TWO)),
     "all + union": Arm(frozenset(CONVOLUTIONS | NORMS), union=1.0),
+    "first two + union": Arm(frozenset(FIRST_TWO), union=1.0),
     "L2 to the mean": Arm(coupling=L2Coupling({"conv*": 0.1})),
     "trace norm of deviations": Arm(coupling=TraceNorm({"conv*": 0.03}, of="deviations")),
 }

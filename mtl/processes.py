@@ -111,9 +111,9 @@ class Processes:
         ]
         if norms and self.size > 1 and self.is_first:
             warnings.warn(
-                f"batch norm in {self.size} processes: {norms[0]!r} and {len(norms) - 1} more take their statistics "
-                "from a process's part of each batch, so the numbers are not those of one process; use "
-                "layers.SyncBatchNorm.convert(model), or larger batches",
+                f"{len(norms)} batch norms, such as {norms[0]!r}, take their statistics from the part of each batch "
+                f"that one of the {self.size} processes sees, so the numbers are not those of one process; to share "
+                "them, use layers.SyncBatchNorm.convert(model)",
                 stacklevel=3,
             )
 

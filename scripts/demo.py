@@ -7,20 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
 
 import compress
-from mtl.data import digits
+from mtl import evaluate
+from mtl.data import ImageData, digits
 from scripts.command import run_command
-from scripts.prune import PruneConfig
+from scripts.prune import TASK, PruneConfig
 from scripts.prune import run as prune
 from scripts.sources import build_model
 
 MODEL = "layers:digits_cnn"
+FRACTIONS = (0.25, 0.1)  # of the MACs, to which the dense model is brought without any training
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Train a small CNN on 8 x 8 digits, prune it to a quarter of its MACs, save it and load it again.
+
+    Then the dense model is pruned, factorised, and both under one budget, without training, side by side.
 
     Args:
         folder: of the run; the same command resumes it, or shows it when it is complete
@@ -70,6 +77,29 @@ def run(config: DemoConfig) -> None:
     print(
         f"small.safetensors, loaded into a fresh {type(fresh).__name__}: the same outputs on {len(images)} test images"
     )
+    _compare(compress.load(fresh, folder / "rounds" / "00" / "model.safetensors"), data)
+
+
+def _compare(dense: nn.Module, data: ImageData) -> None:
+    """What each method keeps of the accuracy where nothing is trained."""
+    calibration = [images for images, _ in data.loader("train", batch_size=64)]
+    example = calibration[0][:1]
+    table = Table(title="without training: accuracy on the test images", title_justify="left")
+    table.add_column("part of the MACs")
+    for column in ("prune", "factorize", "shrink (both)"):
+        table.add_column(column, justify="right")
+    for fraction in FRACTIONS:
+        budget = compress.Budget(macs=fraction)
+        made = (
+            compress.prune(
+                dense, example, budget=budget, criterion="reconstruction", recover=True, calibration=calibration
+            ),
+            compress.factorize(dense, example, budget=budget, calibration=calibration),
+            compress.shrink(dense, example, budget=budget, calibration=calibration),
+        )
+        scores = [evaluate(result.model, TASK, data.loader("test"))[TASK.name] for result in made]
+        table.add_row(f"{fraction:.0%}", *(f"{score:.2%}" for score in scores))
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ def test_a_quarter_of_the_macs_within_a_point_of_the_dense_accuracy(tmp_path: Pa
         rounds = json.loads((tmp_path / "demo" / "history.json").read_text())["rounds"]
         assert rounds[-1]["macs"] <= 0.25 * rounds[0]["macs"]
         assert rounds[-1]["accuracy"] >= max(0.97, rounds[0]["accuracy"] - 0.01)
-        assert "the same outputs" in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert "the same outputs" in output
+        assert "shrink (both)" in output
 
         assert main(["--folder", str(tmp_path / "demo")]) == 0
         output = capsys.readouterr().out
