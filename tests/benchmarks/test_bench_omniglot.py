@@ -109,13 +109,8 @@ def test_a_strong_coupling_keeps_the_networks_of_all_tasks_alike(drawings: Path)
             accuracies = train(ARMS["L2 to the mean"], Recipe(steps=30, sharing=sharing), data, 0, "test")
         assert set(accuracies) == set(STATISTICS)
         assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
-<<<<<<< HEAD
-        first, second = made.pop().stacks["conv2_weight"]
-        return float((first - second).detach().norm())
-=======
         first, second = made.pop().stacks["conv2_weight"].detach()
         return float((first - second).norm())
->>>>>>> tasks
 
     assert distance(10.0) < 0.5 * distance(0.0)
 

@@ -130,11 +130,7 @@ def test_the_parts_of_a_loss_average_to_the_loss(size: int) -> None:
 
 def test_batch_norms_that_see_a_part_only_are_said_once() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-<<<<<<< HEAD
-    with pytest.warns(UserWarning, match=r"batch norm in 2 processes: '1' and 0 more .*SyncBatchNorm"):
-=======
     with pytest.warns(UserWarning, match=r"1 batch norms, such as '1', .* 2 processes .* use layers.SyncBatchNorm"):
->>>>>>> tasks
         Processes(0, 2).check_batch_norm(model)
     synchronised = nn.Sequential(nn.Linear(4, 3), nn.SyncBatchNorm(3))
     with warnings.catch_warnings():
