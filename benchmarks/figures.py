@@ -34,6 +34,8 @@ def table(results: Path) -> str:
         ("bench_trace", _trace),
         ("bench_prune_cifar", _accuracy),
         ("bench_no_training", _no_training),
+        ("bench_shrink_r20", _shrink),
+        ("bench_shrink_r56", _shrink),
         ("bench_retrain", _retrain),
         ("bench_retrain_gpu", _retrain),
         ("bench_school", _school),
@@ -103,6 +105,22 @@ def _no_training(found: dict[str, Any]) -> list[tuple[str, str]]:
             )
             rows.append((what, f"{row['accuracy']:.2%} test accuracy"))
     return rows
+
+
+def _shrink(found: dict[str, Any]) -> list[tuple[str, str]]:
+    accuracies: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in found["rows"]:
+        if "budget" in row and "accuracy" in row:
+            by_method = accuracies.setdefault((row["model"], row["budget"]), {})
+            by_method.setdefault(row["method"], []).append(row["accuracy"])
+    images = found["settings"]["images"]
+    return [
+        (
+            f"{model.rpartition(':')[2]} to {budget:.1%} of the MACs without training, {images} images, by method",
+            ", ".join(f"{mean(values):.2%} ({name})" for name, values in sorted(methods.items())) + " test accuracy",
+        )
+        for (model, budget), methods in accuracies.items()
+    ]
 
 
 def _retrain(found: dict[str, Any]) -> list[tuple[str, str]]:
