@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import layers
+from benchmarks.bench_no_training import accuracy_on_test
 from benchmarks.common import IMAGENET_MEAN, IMAGENET_STD, Stages, interleaved, parser, wide_console, write_results
 from mtl import FitOptions, Task, fit
 from scripts.sources import open_data
@@ -95,15 +96,12 @@ def timed_steps(name: str, batch_size: int, steps: int, repeats: int) -> dict[st
 def accuracies(name: str, source: str, batch_size: int, epochs: int, images: int | None) -> dict[str, float]:
     """On the test images after so many epochs, from the same weights, learning rates and batches."""
     data = open_data(source, mean=IMAGENET_MEAN, std=IMAGENET_STD, image_size=None, validation=0.0)
-    train, test = data.loader("train", batch_size=batch_size, limit=images), data.loader("test")
+    train = data.loader("train", batch_size=batch_size, limit=images)
     found = {}
     for way, run in (("eager", by_hand), ("fit", by_fit)):
         model = build(name)
         run(model, train, epochs)
-        model.eval()
-        with torch.no_grad():
-            right = [(model(x).argmax(1) == y).float() for x, y in test]
-        found[way] = float(torch.cat(right).mean())
+        found[way] = accuracy_on_test(model.eval(), data)
     return found
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from compress.channels import ChannelGraph
 from compress.errors import PruneError
 from compress.labels import Array
-from compress.plans import plan_kind
+from compress.plans import document, plan_kind, reading
 from compress.provenance import Stored
 
 VERSION = 1
@@ -130,20 +130,12 @@ class PrunePlan:
         Raises:
             PruneError: the text is not a plan, or was written by a later version.
         """
-        try:
-            data = json.loads(text)
-            if data["version"] != VERSION:
-                raise PruneError(
-                    f"the plan has format version {data['version']}, this prunus reads {VERSION}: upgrade it"
-                )
+        with reading(what := "a pruning plan"):
+            data = document(text, what, cls.kind, VERSION)
             return cls(
                 tuple(_group_from(group) for group in data["groups"]),
                 tuple(StoredValue(v["module"], v["name"], tuple(v["path"]), int(v["value"])) for v in data["integers"]),
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise PruneError(
-                f"not a pruning plan ({type(error).__name__}: {error}): pass what to_json() gave"
-            ) from error
 
 
 def make_plan(graph: ChannelGraph, removed: Mapping[int, Array], integers: Mapping[Stored, int]) -> PrunePlan:

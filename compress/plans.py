@@ -1,7 +1,9 @@
 """What all plans are: plain data that says how a smaller model is made of a model, and that a file can hold."""
 
 import json
-from typing import ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 from torch import nn
 
@@ -35,6 +37,27 @@ class Plan(Protocol):
         """Read what :meth:`to_json` wrote; a :class:`PruneError` says why that cannot be read."""
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within the block, whatever shows that a document is not ``what`` is a :class:`PruneError` that says so."""
+    try:
+        yield
+    except PruneError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise PruneError(f"not {what} ({type(error).__name__}: {error}): pass what to_json() gave") from error
+
+
+def document(text: str, what: str, kind: str, version: int) -> dict[str, Any]:
+    """The JSON document of a plan of this kind and version; call it inside of :func:`reading`."""
+    data: dict[str, Any] = json.loads(text)
+    if (found := data.get("kind", OLDEST)) != kind:
+        raise PruneError(f"not {what} but {found!r}: pass what its to_json() gave")
+    if data["version"] != version:
+        raise PruneError(f"the plan has format version {data['version']}, this prunus reads {version}: upgrade it")
+    return data
+
+
 PLANS: dict[str, type[Plan]] = {}
 OLDEST = "prune"  # the kind of documents that do not name theirs: there was one
 
@@ -57,10 +80,8 @@ def read_plan(text: str) -> Plan:
     Raises:
         PruneError: the text is no plan, or one of an unknown kind.
     """
-    try:
+    with reading("a plan"):
         kind = json.loads(text).get("kind", OLDEST)
-    except (ValueError, AttributeError) as error:
-        raise PruneError(f"not a plan ({type(error).__name__}: {error}): pass what to_json() gave") from error
     if kind not in PLANS:
         raise PruneError(
             f"a plan of kind {kind!r} is unknown (known: {', '.join(sorted(PLANS))}): import what makes it, or upgrade"

@@ -14,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from layers.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from layers.norm_act import has_hooks
+from layers.replacing import replace_modules
 from layers.sync_norm import SyncBatchNorm
 
 _DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -66,10 +67,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         layer, norm = modules[layer_name], modules[norm_name]
         _fold(layer, norm)
         replaced[norm] = _identity(layer, norm)
-    for module in modules.values():
-        for name, child in module._modules.items():
-            if child in replaced:
-                module._modules[name] = replaced[child]
+    replace_modules(folded, replaced)
     return folded
 
 

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from layers._checks import check_shape, fail, is_symbolic
 from layers.kernels.conv_bn_act import NormArguments, batch_norm_act
+from layers.replacing import replace_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,10 +58,7 @@ class SyncBatchNorm(_BatchNorm):
         for module in list(model.modules()):
             if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
                 made[module] = _converted(module, process_group)
-        for module in list(model.modules()):
-            for name, child in module._modules.items():
-                if child in made:
-                    module._modules[name] = made[child]
+        replace_modules(model, made)
         return made.get(model, model)
 
     def forward(self, input: Tensor) -> Tensor:

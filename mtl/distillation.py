@@ -51,15 +51,16 @@ class Distillation:
             raise ValueError(f"temperature is {self.temperature}, but it must be above 0")
         if not self.feature_weight >= 0:
             raise ValueError(f"feature_weight is {self.feature_weight}, but it must be at least 0")
-        parts = {name for name, _ in self.teacher.named_modules()}
+        self.check(self.teacher, "teacher")
+
+    def check(self, model: nn.Module, who: str = "model") -> None:
+        """Raises ``ValueError`` where ``model`` lacks a module of ``features``."""
+        parts = {name for name, _ in model.named_modules()}
         if missing := [name for name in self.features if name not in parts]:
-            raise ValueError(f"features names {missing[0]!r}, but the teacher has no such module: see named_modules()")
+            raise ValueError(f"features names {missing[0]!r}, but the {who} has no such module: see named_modules()")
 
     def watched(self, model: nn.Module) -> AbstractContextManager[dict[str, list[Tensor]]]:
         """What the modules of ``features`` give within the block."""
-        parts = {name for name, _ in model.named_modules()}
-        if missing := [name for name in self.features if name not in parts]:
-            raise ValueError(f"features names {missing[0]!r}, but the model has no such module: see named_modules()")
         return tapped(model, self.features)
 
     def losses(

@@ -68,6 +68,8 @@ class Stepper:
     ) -> None:
         self.model, self.tasks, self.options, self.placement = model, tasks, options, placement
         self.distillation, self.penalty = distillation, penalty
+        if distillation is not None:
+            distillation.check(model)
         self.processes = Processes.here()
         self.weighting = weighting.to(placement.device)
         self.losses = {task.name: _training_loss(task, options.label_smoothing) for task in tasks}

@@ -32,6 +32,13 @@ class ModelConfig(Protocol):
     def device(self) -> str: ...
 
 
+def check_at_least(config: object, least: int, *names: str) -> None:
+    """Raises ``ValueError`` that names the flag where one of these is below ``least``."""
+    for name in names:
+        if (value := getattr(config, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but it must be at least {least}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     """Prune a model to a budget, in rounds of pruning and training; the same command resumes an interrupted run.
@@ -103,9 +110,7 @@ class PruneConfig:
     folder: str = "runs/prune"
 
     def __post_init__(self) -> None:
-        for name in ("dense_epochs", "rounds", "epochs", "batch_size", "calibration_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least 1")
+        check_at_least(self, 1, "dense_epochs", "rounds", "epochs", "batch_size", "calibration_batches")
         if self.calibration not in (None, "validation", "train"):
             raise ValueError(f"--calibration is {self.calibration}, but it must be validation or train")
         if not self.validation >= 0:

@@ -11,12 +11,21 @@ from torch import nn
 
 import compress
 from compress import Budget, FactorResult
-from compress.cost import Cost, relative_latency
+from compress.cost import Cost
 from compress.factorize.options import METHODS
 from mtl import Distillation, FitOptions, evaluate, fit
 from mtl.data import ImageData
 from scripts.command import run_command
-from scripts.prune import CALIBRATION_BATCH_SIZE, TASK, TEMPERATURE, TEST_BATCH_SIZE, device_named, model_and_example
+from scripts.config import check_at_least
+from scripts.prune import (
+    CALIBRATION_BATCH_SIZE,
+    TASK,
+    TEMPERATURE,
+    TEST_BATCH_SIZE,
+    calibration_loader,
+    device_named,
+    model_and_example,
+)
 from scripts.sources import open_data
 
 
@@ -69,11 +78,8 @@ class FactorizeConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1), ("calibration_batches", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least {least}"
-                )
+        check_at_least(self, 0, "epochs")
+        check_at_least(self, 1, "batch_size", "calibration_batches")
         if self.calibration not in ("train", "validation"):
             raise ValueError(f"--calibration is {self.calibration}, but it must be train or validation")
         if not 0 <= self.distill <= 1:
@@ -98,14 +104,8 @@ def run(config: FactorizeConfig) -> FactorResult:
     held_out = config.validation if config.calibration == "validation" else 0.0
     data = open_data(config.data, mean=config.mean, std=config.std, image_size=config.image_size, validation=held_out)
     model, example = model_and_example(config, data)
-    limit = CALIBRATION_BATCH_SIZE * config.calibration_batches
-    images = data.loader(
-        config.calibration,
-        batch_size=CALIBRATION_BATCH_SIZE,
-        shuffle=False,
-        augment=False,
-        limit=limit,
-        seed=config.seed,
+    images = calibration_loader(
+        data, config.calibration, CALIBRATION_BATCH_SIZE, config.calibration_batches, seed=config.seed
     )
     result = compress.factorize(
         model,
@@ -123,7 +123,7 @@ def run(config: FactorizeConfig) -> FactorResult:
         _train(config, data, result.model, model)
         accuracies[f"after {config.epochs} epochs"] = _accuracy(result.model, data)
     compress.save(result, config.output)
-    _print_accuracies(accuracies, result, relative_latency(result.model, model, example))
+    _print_accuracies(accuracies, result)
     print(f"{config.output}: compress.load(fresh_model, {config.output!r}) gives the model back")
     return result
 
@@ -141,7 +141,7 @@ def _accuracy(model: nn.Module, data: ImageData) -> float:
     return evaluate(model, TASK, data.loader("test", batch_size=TEST_BATCH_SIZE))[TASK.name]
 
 
-def _print_accuracies(accuracies: dict[str, float], result: FactorResult, latency: float) -> None:
+def _print_accuracies(accuracies: dict[str, float], result: FactorResult) -> None:
     """Accuracy on the test images, and size, of each stage."""
     table = Table(title="on the test images", title_justify="left")
     for column in ("", "accuracy", "parameters", "MACs", "latency"):
@@ -149,7 +149,7 @@ def _print_accuracies(accuracies: dict[str, float], result: FactorResult, latenc
     for name, accuracy in accuracies.items():
         dense = name == "dense"
         cost: Cost = result.before if dense else result.after
-        seconds = "" if dense else f"{latency:.1%}"
+        seconds = "" if dense else f"{result.latency:.1%}"
         table.add_row(name, f"{accuracy:.2%}", f"{cost.params:,}", f"{cost.macs:,}", seconds)
     Console().print(table)
 

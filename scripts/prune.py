@@ -18,7 +18,7 @@ from compress.rounds import RoundContext
 from compress.schedule import kept_fraction, prepared
 from compress.seeding import seed_everything
 from mtl import Distillation, FitOptions, Task, evaluate, fit
-from mtl.data import ImageData
+from mtl.data import ImageData, TensorLoader
 from scripts.command import run_command
 from scripts.config import CONFIG_FILE, ModelConfig, PruneConfig, claim_folder
 from scripts.sources import build_model, find_criterion, open_data
@@ -112,9 +112,14 @@ def _calibration(config: PruneConfig, data: ImageData, criterion: str | Criterio
     # How often a channel is used must be asked on images that the model was not trained on.
     split = config.calibration or ("validation" if wanted and data.validation is not None else "train")
     size = GRADIENT_BATCH_SIZE if "gradients" in wanted else CALIBRATION_BATCH_SIZE
-    limit = size * config.calibration_batches
-    batches = data.loader(split, batch_size=size, shuffle=False, augment=False, limit=limit, seed=config.seed)
+    batches = calibration_loader(data, split, size, config.calibration_batches, seed=config.seed)
     return {"calibration": batches, "recover": config.recover}
+
+
+def calibration_loader(data: ImageData, split: str, batch_size: int, num_batches: int, *, seed: int) -> TensorLoader:
+    """At most so many batches of a split as they are, drawn by the seed."""
+    limit = batch_size * num_batches
+    return data.loader(split, batch_size=batch_size, shuffle=False, augment=False, limit=limit, seed=seed)
 
 
 def _train(config: PruneConfig, data: ImageData, model: nn.Module, context: RoundContext, **more: Any) -> None:

@@ -23,7 +23,7 @@ from mtl import FitOptions, SoftShared, Task, evaluate, fit
 from mtl.comparison import standard_method
 from mtl.data import loaders
 from scripts.command import run_command
-from scripts.config import CONFIG_FILE, PRUNE_OUTPUTS, claim_folder
+from scripts.config import CONFIG_FILE, PRUNE_OUTPUTS, check_at_least, claim_folder
 from scripts.prune import CALIBRATION_BATCH_SIZE, GRADIENT_BATCH_SIZE, TEST_BATCH_SIZE, device_named
 from scripts.sources import find_criterion
 from scripts.table import print_before_after, print_round
@@ -97,9 +97,7 @@ class PruneMtlConfig:
     folder: str = "runs/prune-mtl"
 
     def __post_init__(self) -> None:
-        for name in ("width", "shots", "rounds", "dense_epochs", "batch_size", "calibration_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least 1")
+        check_at_least(self, 1, "width", "shots", "rounds", "dense_epochs", "batch_size", "calibration_batches")
         if self.epochs < 0:
             raise ValueError(f"--epochs is {self.epochs}, but it must be 0 or more")
         if self.collapse is not None and not self.method.startswith("soft"):

@@ -13,7 +13,7 @@ from compress.criteria import needs, resolve
 from compress.sensitivity import CURVE, POINTS, RATIOS, TABLE, SensitivityPoint
 from mtl import evaluate
 from scripts.command import run_command
-from scripts.prune import GRADIENT_BATCH_SIZE, TASK, TEST_BATCH_SIZE, model_and_example
+from scripts.prune import GRADIENT_BATCH_SIZE, TASK, TEST_BATCH_SIZE, calibration_loader, model_and_example
 from scripts.sources import find_criterion, open_data
 
 
@@ -69,14 +69,7 @@ def run(config: SensitivityConfig) -> tuple[SensitivityPoint, ...]:
     held_out = data.loader("validation", batch_size=TEST_BATCH_SIZE, limit=config.images, seed=config.seed)
     calibration = None
     if any(needs(resolve(criterion)) for criterion in criteria):
-        calibration = data.loader(
-            "train",
-            batch_size=GRADIENT_BATCH_SIZE,
-            shuffle=False,
-            augment=False,
-            limit=16 * GRADIENT_BATCH_SIZE,
-            seed=config.seed,
-        )
+        calibration = calibration_loader(data, "train", GRADIENT_BATCH_SIZE, 16, seed=config.seed)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("points", total=None)
         points = compress.sensitivity(

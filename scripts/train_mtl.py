@@ -12,7 +12,7 @@ from mtl import Comparison, FitOptions, compare
 from mtl.comparison import standard_method
 from mtl.data import loaders
 from scripts.command import run_command
-from scripts.config import CONFIG_FILE, claim_folder
+from scripts.config import CONFIG_FILE, check_at_least, claim_folder
 from scripts.task_sources import builders, has_validation, open_config, tasks_of
 
 RESULT_FILE = "comparison.json"
@@ -74,9 +74,7 @@ class TrainMtlConfig:
     folder: str = "runs/mtl"
 
     def __post_init__(self) -> None:
-        for name in ("width", "shots", "epochs", "batch_size", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, but it must be at least 1")
+        check_at_least(self, 1, "width", "shots", "epochs", "batch_size", "seeds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

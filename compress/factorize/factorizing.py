@@ -45,10 +45,10 @@ class FactorResult:
     plan: FactorPlan
     before: Cost
     after: Cost
+    latency: float
     left: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     recovery: Recovery | None = None
-    latency: float | None = None
 
     def summary(self) -> str:
         """Before and after as a table, with the ranks of each layer."""
@@ -138,7 +138,7 @@ def factorize(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
         )
         notes += recovery.notes
-    return FactorResult(made, plan, before, after, left, tuple(notes), recovery, latency)
+    return FactorResult(made, plan, before, after, latency, left, tuple(notes), recovery)
 
 
 def _checked_options(budget: Budget | None, energy: float | str | None, methods: Sequence[str]) -> str:

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from compress.errors import PruneError
-from compress.plans import plan_kind
+from compress.plans import document, plan_kind, reading
 from compress.sandbox import unwrapped
 
 VERSION = 1
@@ -83,21 +82,9 @@ class FactorPlan:
         Raises:
             PruneError: the text is not a plan, or was written by a later version.
         """
-        try:
-            data = json.loads(text)
-            if data["kind"] != cls.kind:
-                raise PruneError(f"not a factorisation plan but {data['kind']!r}: pass what FactorPlan.to_json() gave")
-            if data["version"] != VERSION:
-                raise PruneError(
-                    f"the plan has format version {data['version']}, this prunus reads {VERSION}: upgrade it"
-                )
+        with reading(what := "a factorisation plan"):
+            data = document(text, what, cls.kind, VERSION)
             return cls(tuple(_factor_from(factor) for factor in data["factors"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, PruneError):
-                raise
-            raise PruneError(
-                f"not a factorisation plan ({type(error).__name__}: {error}): pass what to_json() gave"
-            ) from error
 
 
 def _factor_from(data: Mapping[str, Any]) -> Factor:

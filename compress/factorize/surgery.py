@@ -12,6 +12,7 @@ from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.tables import Table
 from compress.sandbox import unwrapped
 from layers.low_rank import LowRankEmbedding, LowRankLinear, SpatialConv, Tucker2Conv
+from layers.replacing import replace_modules
 
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LowRank = LowRankLinear | LowRankEmbedding | Tucker2Conv | SpatialConv
@@ -80,7 +81,7 @@ def insert(
         given = None if weights is None else weights.get(factor.module)
         given = factors_of(_white(layer, factor), factor)[0] if given is None else given
         made[layer] = _as(layer, _from_weights(layer, factor, given))
-    _replace(model, made)
+    replace_modules(model, made)
 
 
 def without_values(layer: Any, factor: Factor) -> LowRank:
@@ -105,7 +106,7 @@ def unfactorize(model: nn.Module) -> nn.Module:
             made[module] = module.merge().train(module.training)
     if model in made:
         return made[model]
-    _replace(model, made)
+    replace_modules(model, made)
     return model
 
 
@@ -188,11 +189,3 @@ def _as(layer: Any, made: LowRank) -> LowRank:
     """On the device, in the dtype and in the mode of ``layer``, and trainable as it is."""
     made = made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
     return made.requires_grad_(layer.weight.requires_grad)
-
-
-def _replace(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
-    """Wherever a module is a child, under whatever name."""
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is not None and child in made:
-                module._modules[name] = made[child]

@@ -21,6 +21,7 @@ from compress.recover.heap import trim_heap
 from compress.recover.joint import refit_chain
 from compress.recover.layer import Layer, LayerError
 from compress.recover.pair import Pair
+from compress.recover.weights import tensors_of
 from compress.sandbox import quick_operators, untouched, visible_operators
 from compress.sites import Key, Site
 from compress.trace import ExampleInputs
@@ -51,8 +52,8 @@ def refit(
     removed: dict[str, list[tuple[int, Array]]] = {}
     for (name, axis), indices in plan.removed().items():
         removed.setdefault(name, []).append((axis, indices))
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(dense).items()}
-    tensors, generator = _tensors(model), torch.Generator().manual_seed(seed)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(dense).items()}
+    tensors, generator = tensors_of(model), torch.Generator().manual_seed(seed)
     small, large = list(traced(model, inputs)), list(traced(dense, inputs))
     report = []
     with torch.no_grad(), untouched(dense), visible_operators():
@@ -96,10 +97,6 @@ def refit(
             for side in (side for pair in pairs for side in pair.sides):
                 side.abandon()
     return report
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _suitable(pairs: Sequence[Pair], key: Key, weight: Tensor) -> bool:

@@ -27,7 +27,7 @@ from compress.landing import Landing
 from compress.plan import PrunePlan
 from compress.pruning import PruneResult
 from compress.recorder import Trace
-from compress.recover.weights import Weights
+from compress.recover.weights import Weights, tensors_of
 from compress.shrink.narrow import narrow
 from compress.sites import Key, Site, by_key, find_sites
 from compress.surgery import copied
@@ -152,7 +152,7 @@ class Allocation:
 
     def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> tuple[dict[Key, GramSums], float]:
         """Refit what reads removed channels; what is known of the inputs that are left, and what was lost."""
-        tensors, dense, sites = _tensors(model), _tensors(self._dense), by_key(find_sites(trace))
+        tensors, dense, sites = tensors_of(model), tensors_of(self._dense), by_key(find_sites(trace))
         stays = _stays(plan, dense)
         found, total = {}, 0.0
         for key, known in self._sums.items():
@@ -182,7 +182,3 @@ def _write(matrix: Tensor, site: Site, landing: Landing, tensors: Mapping[str, T
     name, sign = landing.intercept or (None, 1)
     shift = None if name is None else tensors[name].detach()
     Weights(site, tensors[site.parameter].detach(), shift, sign, constant=False).write(matrix)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from compress.errors import PruneError
-from compress.plans import Plan, plan_kind, read_plan
+from compress.plans import Plan, document, plan_kind, read_plan, reading
 from compress.sandbox import unwrapped
 from compress.surgery import copied
 
@@ -45,16 +44,6 @@ class ShrinkPlan:
         Raises:
             PruneError: the text is not a plan, was written by a later version, or holds a step of an unknown kind.
         """
-        try:
-            data = json.loads(text)
-            if data["kind"] != cls.kind:
-                raise PruneError(f"not a plan of several steps but {data['kind']!r}: pass what to_json() gave")
-            if data["version"] != VERSION:
-                raise PruneError(
-                    f"the plan has format version {data['version']}, this prunus reads {VERSION}: upgrade it"
-                )
+        with reading(what := "a plan of several steps"):
+            data = document(text, what, cls.kind, VERSION)
             return cls(tuple(read_plan(json.dumps(step)) for step in data["steps"]))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise PruneError(
-                f"not a plan of several steps ({type(error).__name__}: {error}): pass what to_json() gave"
-            ) from error
