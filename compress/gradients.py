@@ -1,6 +1,6 @@
 """First-order effect of each channel on the loss, gathered in one pass over labelled calibration data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +52,7 @@ def collect_gradients(
     names = sorted({member.parameter for _, members in judged for member in members})
     totals = [np.zeros(group.num_units) for group, _ in judged]
     number = 0
-    with untouched(model), _differentiable([parameters[name] for name in names]):
+    with untouched(model), differentiable([parameters[name] for name in names]):
         model.eval()
         for number, (inputs, target) in enumerate(batches(calibration, model), start=1):
             value = _loss(model, inputs, target, loss, number - 1, view)
@@ -79,7 +79,7 @@ def _judges(group: ChannelGroup, parameters: Mapping[str, nn.Parameter]) -> list
 
 
 @contextmanager
-def _differentiable(parameters: list[nn.Parameter]) -> Iterator[None]:
+def differentiable(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradients for all ``parameters``, those that the user froze included, whatever mode the caller is in."""
     before = [parameter.requires_grad for parameter in parameters]
     with torch.inference_mode(False), torch.enable_grad():

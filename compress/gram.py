@@ -6,7 +6,7 @@ needs to know about those rows is the sum of ``(x, 1).T @ (x, 1)``: how well oth
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ PANEL, PANELS = 96, 8  # width of a panel of columns, at least, and the most of 
 MIN_ROWS = 4  # for every input: a regression on fewer rows fits noise
 FEW = 2  # rows for every input: with fewer a regression needs much damping
 DAMPING = 1e-2  # of the mean square of an input, where there are few rows
+ROUNDING = 1e-6  # of a sum of squares, in single precision: what is left of it about a large mean may be negative
 MAX_INPUTS = 8192  # a site with more (half a gigabyte a matrix) is left out
 MOVES = {"permute", "transpose", "t"}
 SHARE = 2**18  # elements of an output that tell its variance
@@ -75,6 +76,16 @@ class GramSums:
             diagonal = mean.diagonal(dim1=1, dim2=2)[:, :-1]
             diagonal += DAMPING * diagonal.mean(1, keepdim=True)
         return mean
+
+    def centred(self) -> "GramSums":
+        """About the mean of the inputs, if the site has a constant that makes up for what the mean loses."""
+        if self.landing.intercept is None:
+            return self
+        gram, total = self.gram.clone(), self.gram[:, -1:, :-1]
+        gram[:, :-1, :-1] -= total.mT @ total / max(self.num_rows, 1)
+        diagonal = gram.diagonal(dim1=1, dim2=2)[:, :-1]
+        diagonal += ROUNDING * self.gram.diagonal(dim1=1, dim2=2)[:, :-1]
+        return replace(self, gram=gram)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from compress.calibration import Calibration, batches, check_calibration, num_ba
 from compress.channels import ChannelGraph
 from compress.combine import Judgement, combined, mean
 from compress.criteria import Criterion, needs
+from compress.curvature import weighed
 from compress.errors import PruneError
 from compress.evidence import Evidence, Values
 from compress.gradients import collect_gradients
@@ -64,8 +65,11 @@ def _gathered(evidence: Evidence, wanted: AbstractSet[str], calibration: Calibra
     kinds = [kind for kind in makers if kind in wanted]
     if not kinds or calibration is None:
         return evidence
-    found = gather(evidence.model, graph.trace, calibration, [makers[kind] for kind in kinds])
-    return replace(evidence, **dict(zip(kinds, found, strict=True)))
+    found = dict(zip(kinds, gather(evidence.model, graph.trace, calibration, [makers[k] for k in kinds]), strict=True))
+    if "grams" in found:
+        sums = weighed(found["grams"].sums, evidence.model, calibration, seed=evidence.seed)
+        found["grams"] = replace(found["grams"], sums=sums)
+    return replace(evidence, **found)
 
 
 def _of_view(evidence: Evidence, wanted: AbstractSet[str], view: View) -> Evidence:

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration, num_batches_of
 from compress.cost import Cost, cost_of, relative_latency
+from compress.curvature import weighed
 from compress.errors import BudgetError, PruneError
 from compress.factorize.clock import timed, within_latency
+from compress.factorize.means import centred, keep_means
 from compress.factorize.options import METHODS, Layer, Option, layers_of, table_layers
 from compress.factorize.plan import FactorPlan
 from compress.factorize.replaceable import factorable, owner_of
@@ -109,7 +111,10 @@ def factorize(
     sites, left = unprotected(model, trace, protect, example_inputs)
     tables, left = _tables(model, trace, left, methods, protect)
     grams, counts = _gathered(model, trace, calibration, sites, list(tables), seed)
-    layers, without = layers_of(model, sites, grams, methods, vbmf_inner_rank if energy == "vbmf" else None)
+    if budget is not None:  # layers compete
+        grams = weighed(grams, model, calibration, seed=seed)
+    known = centred(grams) if budget is not None else grams
+    layers, without = layers_of(model, sites, known, methods, vbmf_inner_rank if energy == "vbmf" else None)
     of_tables, more = table_layers(model, tables, counts)
     layers, left = [*layers, *of_tables], left | without | more
     if not layers:
@@ -129,6 +134,8 @@ def factorize(
     plan, weights = built(layers, choice, metric)
     made = copied(model)
     insert(made, plan, weights)
+    if budget is not None:
+        keep_means(made, layers, plan, grams)
     after = cost_of(made, record(made, example_inputs, training=False))
     if latency is None:
         latency = relative_latency(made, model, example_inputs, seconds=GLANCE)

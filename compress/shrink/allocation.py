@@ -18,6 +18,7 @@ from compress.budget import Budget
 from compress.cost import Cost
 from compress.errors import BudgetError
 from compress.factorize.factorizing import built, unprotected
+from compress.factorize.means import centred, keep_means
 from compress.factorize.options import Layer, layers_of
 from compress.factorize.plan import FactorPlan
 from compress.factorize.selection import Choice, within_budget
@@ -41,14 +42,15 @@ HALVINGS = 2  # of those beside the best
 class Candidate:
     """A pruned and refitted model, and how its layers are factorised to meet the budget of ``metric``.
 
-    ``pruning`` is None where nothing was pruned. ``left`` says by parameter why a layer cannot be factorised. ``error``
-    is what all layers lose together.
+    ``pruning`` is None where nothing was pruned. ``left`` says by parameter why a layer cannot be factorised, ``sums``
+    are of its layers' inputs. ``error`` is what all layers lose together.
     """
 
     model: nn.Module
     pruning: PruneResult | None
     layers: Sequence[Layer]
     choice: Choice
+    sums: Mapping[Key, GramSums]
     left: Mapping[str, str]
     metric: str
     error: float
@@ -62,6 +64,7 @@ class Candidate:
         """The model itself with thin layers, and the plan of those."""
         factors, weights = built(self.layers, self.choice, self.metric)
         insert(self.model, factors, weights)
+        keep_means(self.model, self.layers, factors, self.sums)
         return self.model, factors
 
 
@@ -135,9 +138,9 @@ class Allocation:
         trace = record(model, self._inputs, training=False)
         sums, lost = (self._sums, 0.0) if pruning is None else self._refitted(model, trace, pruning.plan)
         if present <= allowed:
-            return Candidate(model, pruning, [], {}, {}, metric, lost)
+            return Candidate(model, pruning, [], {}, {}, {}, metric, lost)
         sites, left = unprotected(model, trace, self._protect, self._inputs) if self._methods else ([], {})
-        layers, without = layers_of(model, [site for site in sites if site.key in sums], sums, self._methods)
+        layers, without = layers_of(model, [site for site in sites if site.key in sums], centred(sums), self._methods)
         try:
             choice = within_budget(layers, metric, present, allowed / present)
         except BudgetError as error:
@@ -148,7 +151,7 @@ class Allocation:
                 reached,
             ) from error
         lost += sum(option.error for option in choice.values())
-        return Candidate(model, pruning, layers, choice, {**left, **without}, metric, lost)
+        return Candidate(model, pruning, layers, choice, sums, {**left, **without}, metric, lost)
 
     def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> tuple[dict[Key, GramSums], float]:
         """Refit what reads removed channels; what is known of the inputs that are left, and what was lost."""

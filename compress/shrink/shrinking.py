@@ -10,6 +10,7 @@ from compress.calibration import Calibration, check_calibration, num_batches_of
 from compress.channels import ChannelGraph, trace
 from compress.cost import Cost, cost_of
 from compress.criteria import Criterion
+from compress.curvature import weighed
 from compress.errors import BudgetError, PruneError
 from compress.factorize.factorizing import scarce, unprotected
 from compress.factorize.options import METHODS as FACTORISATIONS
@@ -158,4 +159,4 @@ def _completed(
         return dict(known)
     collector = lambda: GramCollector(missing, num_batches_of(calibration), seed=seed)  # noqa: E731
     (found,) = gather(model, graph.trace, calibration, [collector])
-    return {**known, **found.sums}
+    return {**known, **weighed(found.sums, model, calibration, seed=seed)}
