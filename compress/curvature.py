@@ -1,13 +1,15 @@
-"""What an error of a layer's output costs the model's outputs: the diagonal of the Gauss-Newton matrix, by channel.
+"""What an error of a layer's output costs the model's outputs: the Gauss-Newton matrix of its channels.
 
-A small error e of what a site gives changes the outputs y by J e. With random signs v, E (v^T J)^2 is the squared
-length of each column of J (Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix"), and
-v^T J is what one backward pass gives for all sites at once. So errors of a convolution that pooling averages away later
-count for little, as do those of channels behind a ReLU that is mostly off.
+A small error e of what a site gives changes the outputs y by J e. With random signs v, E (v^T J)^T (v^T J) is J^T J
+(Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix"), and v^T J is what one backward pass
+gives for all sites at once. Summed over positions, as if errors of different positions had nothing to do with each
+other, that is the factor of the outputs in Kronecker-factored curvature (Grosse & Martens 2016, "A Kronecker-factored
+approximate Fisher matrix for convolution layers", section 3.1). So errors that pooling averages away later count for
+little, as do those of channels behind a ReLU that is mostly off, and those that the next layer does not look at.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -23,38 +25,45 @@ from compress.trace import ExampleInputs, as_arguments, output_tensors
 from compress.trial import first_samples
 
 NUM_SAMPLES = 256  # of all batches together, evenly
-WEIGHT = {"Convolution": 1, "Addmm": 2, "Mm": 1, "Bmm": 1}  # which input of an operator the weight is
+MAX_OUTPUTS = 2048  # of a group: of more (32 MB a matrix) the diagonal is enough
+WEIGHT = {"Convolution": 1, "Addmm": 2, "Mm": 1, "Bmm": 1, "Embedding": 0}  # which input of an operator the weight is
 
 Node = torch.autograd.graph.Node
 
 
-def weighed(
-    sums: Mapping[Key, GramSums], model: nn.Module, calibration: Calibration, *, seed: int = 0
-) -> dict[Key, GramSums]:
-    """``sums`` with what squared errors of outputs add to that of the model's outputs, as a part of their variance.
+def weighed(sums: Mapping[Key, GramSums], found: Mapping[Key, Tensor]) -> dict[Key, GramSums]:
+    """``sums`` with what errors of outputs cost the model's outputs, as :func:`output_curvature` found it.
 
     Sites that autograd does not lead to keep what they had, on the same scale. Where it leads to none (outputs that are
     detached, or integers), all are as they were.
     """
-    found = output_curvature([known.site for known in sums.values()], model, calibration, seed=seed)
-    known = {key: values.sum() / sums[key].output_share.sum().clamp(min=1e-300) for key, values in found.items()}
-    if not found or not any(float(value) > 0 for value in known.values()):
+    shares = {key: _diagonal(values) for key, values in found.items() if key in sums}
+    scales = [values.sum() / sums[key].output_share.sum().clamp(min=1e-300) for key, values in shares.items()]
+    scales = [scale for scale in scales if float(scale) > 0]
+    if not scales:
         return dict(sums)
-    scale = torch.stack([value for value in known.values() if float(value) > 0]).median()
-    return {key: replace(one, output_share=found.get(key, one.output_share * scale)) for key, one in sums.items()}
+    usual = torch.stack(scales).median()
+    return {
+        key: replace(known, output_share=shares.get(key, known.output_share * usual), output_metric=_matrix(found, key))
+        for key, known in sums.items()
+    }
 
 
 def output_curvature(
-    sites: Sequence[Site], model: nn.Module, calibration: Calibration, *, seed: int = 0
+    model: nn.Module, calibration: Calibration, sites: Iterable[Site], tables: Iterable[str] = (), *, seed: int = 0
 ) -> dict[Key, Tensor]:
-    """By site (g, O): how much the outputs' squared error grows with the mean square error of each output of the site.
+    """By site the matrix M (g, O, O): errors e of its outputs make the outputs' squared error grow by the mean of
+    e^T M e. Where that is large, its diagonal (g, O).
 
     The model's outputs count alike, each as a part of its variance over the samples of a batch (of its mean square, for
     a batch of one). Sites that the outputs do not depend on by autograd are missing.
+
+    Args:
+        tables: names of embeddings' weights, which are asked for too.
     """
-    wanted = {site.key: site for site in sites}
+    wanted: dict[Key, Site | None] = {(name, 0): None for name in tables} | {site.key: site for site in sites}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = {id(parameters[site.parameter]): site.parameter for site in sites if site.parameter in parameters}
+    names = {id(parameters[name]): name for name, _ in wanted if name in parameters}
     weights = [parameters[name] for name in names.values()]
     generator = torch.Generator().manual_seed(seed)
     each = max(NUM_SAMPLES // max(num_batches_of(calibration), 1), 1)
@@ -67,8 +76,9 @@ def output_curvature(
             (some,) = first_samples([inputs], each)
             for key, gradient in _gradients(model, some, weights, names, generator).items():
                 if key in wanted:
-                    squares = wanted[key].outputs(gradient, None).double().square().sum(1).cpu()
-                    totals[key] = totals.get(key, 0.0) + squares
+                    rows = _rows(wanted[key], gradient).double()
+                    many = rows.shape[2] > MAX_OUTPUTS
+                    totals[key] = totals.get(key, 0.0) + (rows.square().sum(1) if many else rows.mT @ rows).cpu()
     return {key: total / number for key, total in totals.items()}
 
 
@@ -126,3 +136,16 @@ def _weight(node: Node | None) -> Tensor | None:
     while node is not None and len(node.next_functions) == 1:
         ((node, _),) = node.next_functions
     return getattr(node, "variable", None)
+
+
+def _rows(site: Site | None, gradient: Tensor) -> Tensor:
+    """(g, R, O)."""
+    return gradient.reshape(1, -1, gradient.shape[-1]) if site is None else site.outputs(gradient, None)
+
+
+def _diagonal(found: Tensor) -> Tensor:
+    return found if found.dim() == 2 else found.diagonal(dim1=1, dim2=2)
+
+
+def _matrix(found: Mapping[Key, Tensor], key: Key) -> Tensor | None:
+    return found[key] if key in found and found[key].dim() == 3 else None

@@ -53,7 +53,8 @@ class GramSums:
 
     ``gram`` is the sum of ``(x, 1).T @ (x, 1)`` over ``num_rows`` rows x, shape (g, D + 1, D + 1). ``output_share``
     (g, O) is what a squared error of one of each output counts: its part in the total variance of what the site writes
-    to, the residual stream where there is one, else its own outputs.
+    to, the residual stream where there is one, else its own outputs; or, where ``output_metric`` (g, O, O) is known,
+    the diagonal of that: see :mod:`compress.curvature`.
     """
 
     site: Site
@@ -62,6 +63,7 @@ class GramSums:
     output_share: Tensor
     num_rows: int = 0
     num_batches: int = 0
+    output_metric: Tensor | None = None
 
     @property
     def scarce(self) -> bool:

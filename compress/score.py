@@ -14,7 +14,7 @@ from compress.calibration import Calibration, batches, check_calibration, num_ba
 from compress.channels import ChannelGraph
 from compress.combine import Judgement, combined, mean
 from compress.criteria import Criterion, needs
-from compress.curvature import weighed
+from compress.curvature import output_curvature, weighed
 from compress.errors import PruneError
 from compress.evidence import Evidence, Values
 from compress.gradients import collect_gradients
@@ -67,8 +67,11 @@ def _gathered(evidence: Evidence, wanted: AbstractSet[str], calibration: Calibra
         return evidence
     found = dict(zip(kinds, gather(evidence.model, graph.trace, calibration, [makers[k] for k in kinds]), strict=True))
     if "grams" in found:
-        sums = weighed(found["grams"].sums, evidence.model, calibration, seed=evidence.seed)
-        found["grams"] = replace(found["grams"], sums=sums)
+        sums = found["grams"].sums
+        curvature = output_curvature(
+            evidence.model, calibration, [known.site for known in sums.values()], seed=evidence.seed
+        )
+        found["grams"] = replace(found["grams"], sums=weighed(sums, curvature))
     return replace(evidence, **found)
 
 

@@ -13,9 +13,10 @@ factor's kernel, D = J X. All float64.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,10 @@ from compress.errors import PruneError
 JITTER = (1e-14, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)  # of the mean diagonal: the least with which Cholesky succeeds
 SWEEPS = 3  # of alternating least squares
 STEPS = 10  # of conjugate gradients in each of them
+REFINED_RANKS = 4  # at which one of these sweeps tells what they gain at others
+MAX_REFINED = 1200  # inputs: of larger layers sweeps take long, and gain little
 LEAST_SIZE = 1e-5  # of the largest: smaller rows are not scaled up to 1, which would make noise of rounding
+RIDGE = 0.1  # of the mean diagonal of a metric: errors that cost nothing are not small any more, and then they do
 LEAST_IMPORTANCE = 1e-6  # of the mean: an output that hardly counts still has to come out finite
 
 
@@ -32,12 +36,14 @@ LEAST_IMPORTANCE = 1e-6  # of the mean: an output that hardly counts still has t
 class Problem:
     """A weight (O, C, *K), the mean of x x^T over rows x (D, D) in its order, and what each output counts (O,).
 
-    Of a grouped convolution C is that of a group, and there is a Gram matrix for each: (g, D, D).
+    Of a grouped convolution C is that of a group, and there is a Gram matrix for each: (g, D, D). Where errors of
+    different outputs have to do with each other, ``weight`` is ``root`` (g, O / g, O / g) times the layer's.
     """
 
     weight: Tensor
     gram: Tensor
     importance: Tensor
+    root: Tensor | None = None
 
     @staticmethod
     def of(
@@ -65,6 +71,29 @@ class Problem:
         # sums in single precision may have lost what makes it positive
         whole = torch.stack([factor @ factor.T for factor in map(_cholesky, gram.reshape(-1, size, size))])
         return Problem(weight, whole.reshape(expected), importance.clamp(min=floor))
+
+    @staticmethod
+    def under(weight: Tensor, gram: Tensor, metric: Tensor) -> "Problem":
+        """The same for errors e of outputs that cost e^T Q e, with a ``metric`` Q (g, O / g, O / g) and a ridge.
+
+        Raises:
+            PruneError: numbers are not finite.
+        """
+        if not bool(metric.isfinite().all()):
+            raise PruneError("what errors of the outputs cost must be finite")
+        level = metric.diagonal(dim1=1, dim2=2).mean(1)
+        level = RIDGE * torch.where(level > 0, level, 1 / RIDGE)[:, None, None]
+        identity = torch.eye(metric.shape[1], dtype=metric.dtype)
+        root = torch.stack([_cholesky(part).T for part in metric + level * identity])
+        matrix = weight.detach().double().cpu().reshape(len(root), metric.shape[1], -1)
+        return replace(Problem.of((root @ matrix).reshape(weight.shape), gram, groups=len(root)), root=root)
+
+    def outer(self, values: Tensor) -> Tensor:
+        """What gives the layer's outputs, of something (O, ...) that gives those of ``weight``."""
+        if self.root is None:
+            return values
+        matrix = values.reshape(len(self.root), self.root.shape[1], -1)
+        return torch.linalg.solve_triangular(self.root, matrix, upper=True).reshape(values.shape)
 
     @property
     def groups(self) -> int:
@@ -140,6 +169,11 @@ class Factorisation:
     def full_rank(self) -> int:
         """R."""
         return len(self.first)
+
+    @property
+    def num_inputs(self) -> int:
+        """D."""
+        return len(self._gram)
 
     def following(self, first: Tensor) -> Problem:
         """What the second factor has to do with outputs of this first one (r, C, *K1): errors of the two add up."""
@@ -268,6 +302,16 @@ class Grouped:
     def full_rank(self) -> int:
         """R of a group."""
         return self._each[0].full_rank()
+
+    def refined_errors(self) -> Tensor:
+        """``errors`` as :meth:`factors` leaves them, about: known at some ranks, and in proportion in between."""
+        full = self.full_rank()
+        if self._each[0].num_inputs > MAX_REFINED:
+            return self.errors
+        ranks = sorted({max(int(rank), 1) for rank in np.linspace(0, full, REFINED_RANKS + 2)[1:-1]})
+        parts = [sum(e.factors(r, sweeps=1)[2] for e in self._each) / max(float(self.errors[r]), 1e-300) for r in ranks]
+        part = np.interp(np.arange(full + 1), ranks, np.minimum(parts, 1.0))
+        return self.errors * torch.from_numpy(part)
 
     def basis(self, rank: int) -> Tensor:
         """The first factors (g r, J) before any refinement."""

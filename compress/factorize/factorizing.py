@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from compress.budget import Budget
 from compress.calibration import Calibration, check_calibration, num_batches_of
 from compress.cost import Cost, cost_of, relative_latency
-from compress.curvature import weighed
+from compress.curvature import output_curvature, weighed
 from compress.errors import BudgetError, PruneError
 from compress.factorize.clock import timed, within_latency
 from compress.factorize.means import centred, keep_means
@@ -74,9 +74,9 @@ def factorize(
 ) -> FactorResult:
     """Replace layers of ``model`` by two or three thin ones, until it meets ``budget``. The model is not changed.
 
-    A layer is factorised so that its outputs on the calibration data lose least, and the budget is spent where that
-    costs least of the variance of what the layer writes to. Source: Kim et al. 2016, "Compression of deep convolutional
-    neural networks", section 3.1 (tucker2); Jaderberg et al. 2014, "Speeding up convolutional neural networks with low
+    A layer is factorised so that its outputs on the calibration data lose least of what the model's outputs depend
+    on, and the budget is spent where those lose least, to first order (see :mod:`compress.curvature`).
+    Source: Kim et al. 2016, "Compression of deep convolutional neural networks", section 3.1 (tucker2); Jaderberg et al. 2014, "Speeding up convolutional neural networks with low
     rank expansions", section 2.1 (spatial).
 
     Args:
@@ -111,11 +111,13 @@ def factorize(
     sites, left = unprotected(model, trace, protect, example_inputs)
     tables, left = _tables(model, trace, left, methods, protect)
     grams, counts = _gathered(model, trace, calibration, sites, list(tables), seed)
-    if budget is not None:  # layers compete
-        grams = weighed(grams, model, calibration, seed=seed)
+    # where layers compete, errors count by what they cost the model's outputs
+    curvature = output_curvature(model, calibration, sites, tables, seed=seed) if budget is not None else {}
+    grams = weighed(grams, curvature)
     known = centred(grams) if budget is not None else grams
-    layers, without = layers_of(model, sites, known, methods, vbmf_inner_rank if energy == "vbmf" else None)
-    of_tables, more = table_layers(model, tables, counts)
+    inner_rank = vbmf_inner_rank if energy == "vbmf" else None
+    layers, without = layers_of(model, sites, known, methods, inner_rank, refined=budget is not None)
+    of_tables, more = table_layers(model, tables, counts, curvature)
     layers, left = [*layers, *of_tables], left | without | more
     if not layers:
         raise PruneError(

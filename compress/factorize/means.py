@@ -38,7 +38,7 @@ def keep_means(model: nn.Module, layers: Sequence[Layer], plan: FactorPlan, sums
         if shift is None:
             continue
         merged = model.get_submodule(factor.module).merge().weight  # type: ignore[operator]
-        lost = (problem.weight - merged.to(problem.weight)).flatten(1)
+        lost = (problem.outer(problem.weight) - merged.to(problem.weight)).flatten(1)
         mean = one.gram[:, -1, :-1] / max(one.num_rows, 1)
         change = lost.reshape(len(mean), -1, mean.shape[1]) @ mean[:, :, None]
         shift += sign * change.reshape(shift.shape).to(shift)

@@ -27,7 +27,7 @@ INNER_RANKS = 8  # ranks of the inputs' side that Tucker-2 on both sides is trie
 class Option:
     """One factorisation: as in :class:`compress.factorize.plan.Factor`, with its cost.
 
-    ``error`` is the squared error of the outputs, as a part of the variance of what they are added to; ``latency`` is
+    ``error`` is the squared error of the outputs, as a part of the variance of the model's; ``latency`` is
     in nanoseconds, where it was timed.
     """
 
@@ -69,11 +69,14 @@ def layers_of(
     sums: Mapping[Key, GramSums],
     methods: Sequence[str],
     inner_rank: Callable[[Problem], int] | None = None,
+    *,
+    refined: bool = False,
 ) -> tuple[list[Layer], dict[str, str]]:
     """The options of each layer, and by parameter why some have none.
 
     Args:
         inner_rank: one more rank of the inputs' side that Tucker-2 on both sides is tried with.
+        refined: errors of spatial kernels are those that alternating least squares leave, about; takes longer.
     """
     layers, reasons = [], {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -85,7 +88,7 @@ def layers_of(
             continue
         price = _Price(site)
         also = () if inner_rank is None else (inner_rank(problem) // site.groups,)
-        found = _options(problem, price, methods, also)
+        found = _options(problem, price, methods, also, refined=refined)
         cheaper = tuple(o for o in found if o.macs < price.macs or o.params < price.params)
         if not cheaper:
             reasons[site.parameter] = "no factorisation by these methods is cheaper"
@@ -107,13 +110,13 @@ def layers_of(
 
 
 def table_layers(
-    model: nn.Module, tables: Mapping[str, Op], counts: Mapping[str, Tensor]
+    model: nn.Module, tables: Mapping[str, Op], counts: Mapping[str, Tensor], curvature: Mapping[Key, Tensor]
 ) -> tuple[list[Layer], dict[str, str]]:
     """The same of embeddings."""
     layers, reasons = [], {}
     for name, op in tables.items():
         try:
-            table = Table.of(model.get_parameter(name), counts.get(name))
+            table = Table.of(model.get_parameter(name), counts.get(name), curvature.get((name, 0)))
         except PruneError as error:
             reasons[name] = str(error)
             continue
@@ -139,6 +142,8 @@ def problem_of(site: Site, parameter: Tensor, known: GramSums) -> Problem:
     if site.is_convolution:
         weight = weight.reshape(len(weight), -1, *site.kernel)
     gram = gram[0] if site.groups == 1 else gram
+    if known.output_metric is not None:
+        return Problem.under(weight, gram, known.output_metric)
     return Problem.of(weight, gram, known.output_share.flatten(), groups=site.groups)
 
 
@@ -176,7 +181,9 @@ class _Price:
         return inputs * outputs * math.prod(kernel) // self.groups
 
 
-def _options(problem: Problem, price: _Price, methods: Sequence[str], also: Sequence[int] = ()) -> Iterator[Option]:
+def _options(
+    problem: Problem, price: _Price, methods: Sequence[str], also: Sequence[int] = (), *, refined: bool
+) -> Iterator[Option]:
     """All of them; a kind whose rank 1 is no cheaper is not looked at. ``also`` are more ranks of the inputs' side."""
     kernel, groups, outer = price.kernel, price.groups, Split(tuple(range(len(price.kernel))))
 
@@ -208,7 +215,8 @@ def _options(problem: Problem, price: _Price, methods: Sequence[str], also: Sequ
     if "spatial" in methods and len(kernel) == 2 and min(kernel) > 1:
         for axis, (first, split) in enumerate(SPLITS.items()):
             if saves(price.spatial(groups, axis)):
-                for rank, error in _ranks(Grouped(problem, split).errors):
+                grouped = Grouped(problem, split)
+                for rank, error in _ranks(grouped.refined_errors() if refined else grouped.errors):
                     yield option("spatial", (rank,), first, price.spatial(groups * rank, axis), error)
 
 

@@ -25,8 +25,8 @@ class Factor:
 
     ``kind`` is "linear", "embedding", "tucker2" or "spatial" (``first`` says which kernel comes first); ``ranks`` are
     those of the inputs' and of the outputs' side for "tucker2" (None: no 1 x 1 convolution there), else one number,
-    each of all groups together. ``error`` is what the outputs lose on the calibration data, as a part of the variance
-    of what they are added to. ``settings`` are what a layer that is none of ``torch.nn`` does not tell: stride,
+    each of all groups together. ``error`` is what the model's outputs lose on the calibration data, to first order, as
+    a part of their variance. ``settings`` are what a layer that is none of ``torch.nn`` does not tell: stride,
     padding, dilation and groups of a convolution, "transposed" of a matrix of shape (inputs, outputs).
     """
 

@@ -33,10 +33,10 @@ def factors_of(problem: Problem | Table, factor: Factor) -> tuple[tuple[Tensor, 
         if factor.kind == "spatial":
             assert first is not None
             one, two, error = Grouped(problem, SPLITS[factor.first]).factors(first)
-            return (one, two), error
+            return (one, problem.outer(two)), error
         inner, outer = ranks if factor.kind == "tucker2" else (None, first)
         weights: list[Tensor] = []
-        error = 0.0
+        whole, error = problem, 0.0
         if inner is not None:
             split = Grouped(problem, Split())
             reduce, core, error = split.factors(inner)
@@ -46,7 +46,7 @@ def factors_of(problem: Problem | Table, factor: Factor) -> tuple[tuple[Tensor, 
             core, expand, more = Grouped(problem, Split(tuple(range(problem.weight.dim() - 2)))).factors(outer)
             weights = [*weights[:1], core, expand.flatten(1)]
             error += more
-        return tuple(weights), error
+        return (*weights[:-1], whole.outer(weights[-1])), error
     except PruneError as error_:
         raise PruneError(f"{factor.module!r} cannot become {factor.kind} of ranks {factor.ranks}: {error_}") from None
 

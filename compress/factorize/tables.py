@@ -34,8 +34,12 @@ class Table:
     importance: float
 
     @staticmethod
-    def of(weight: Tensor, counts: Tensor | None = None) -> "Table":
-        """In double precision; errors are parts of the variance of the outputs, tokens alike where none were counted.
+    def of(weight: Tensor, counts: Tensor | None = None, curvature: Tensor | None = None) -> "Table":
+        """In double precision; tokens are alike where none were counted.
+
+        Args:
+            curvature: what errors cost the model's outputs (1, D, D), see :mod:`compress.curvature`; of this the mean
+                over all directions is used. Else errors are parts of the variance of the table's own outputs.
 
         Raises:
             PruneError: numbers are not finite.
@@ -46,6 +50,9 @@ class Table:
         counts = weight.new_zeros(len(weight)) if counts is None else counts.double().cpu()
         frequency = (counts + UNSEEN) / (counts + UNSEEN).sum()
         variance = float(frequency @ (weight - frequency @ weight).square().sum(1))
+        if curvature is not None:
+            diagonal = curvature if curvature.dim() == 2 else curvature.diagonal(dim1=1, dim2=2)
+            return Table(weight, frequency, float(diagonal.mean()))
         return Table(weight, frequency, 1 / variance if variance > 0 else 1.0)
 
     def full_rank(self) -> int:

@@ -106,10 +106,14 @@ def _suitable(pairs: Sequence[Pair], key: Key, weight: Tensor) -> bool:
 
 
 def _chains(pairs: Sequence[Pair], order: Sequence[Key]) -> dict[Key, Key]:
-    """The layers that are fed by one other layer alone, and that layer."""
-    chains = pairs[0].small.chains
+    """The layers that are fed by one other layer alone, and that layer.
+
+    Not the two factors of one layer: the first was the best for the second when both were made, and 1 % less error of
+    the outputs (CIFAR ResNets) takes as long as all else.
+    """
+    chains, known = pairs[0].small.chains, set(order) - pairs[0].inner
     return {
         second: chain.first
         for second, chain in chains.items()
-        if second in order and chain.first in order and all(second in pair.small.chains for pair in pairs)
+        if {second, chain.first} <= known and all(second in pair.small.chains for pair in pairs)
     }

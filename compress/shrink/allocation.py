@@ -1,6 +1,6 @@
 """How much of one budget pruning spends, and what factorisation does with the rest.
 
-Both lose outputs of layers, and both losses are counted in parts of the variance of what a layer writes to, so that
+Both lose outputs of layers, and both losses are counted by what they cost the model's outputs, to first order, so that
 they add up: a layer that reads removed channels is refitted by least squares to those that stay, and what factorising
 the refitted weights then loses is orthogonal to what the refit could not reach. The second moments of the inputs that
 stay are part of those of all inputs, so that this takes no further pass over the data.
@@ -124,8 +124,8 @@ class Allocation:
         self._before, self._budget = before, budget
         self._methods, self._protect = methods, protect
 
-    def candidate(self, pruning: PruneResult | None) -> Candidate:
-        """What factorisation makes of a pruned model, or of the dense one.
+    def candidate(self, pruning: PruneResult | None, *, refined: bool = False) -> Candidate:
+        """What factorisation makes of a pruned model, or of the dense one; ``refined`` takes longer for better ranks.
 
         Raises:
             BudgetError: too little can be saved; says what can be reached.
@@ -140,7 +140,8 @@ class Allocation:
         if present <= allowed:
             return Candidate(model, pruning, [], {}, {}, {}, metric, lost)
         sites, left = unprotected(model, trace, self._protect, self._inputs) if self._methods else ([], {})
-        layers, without = layers_of(model, [site for site in sites if site.key in sums], centred(sums), self._methods)
+        known = [site for site in sites if site.key in sums]
+        layers, without = layers_of(model, known, centred(sums), self._methods, refined=refined)
         try:
             choice = within_budget(layers, metric, present, allowed / present)
         except BudgetError as error:

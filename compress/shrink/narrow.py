@@ -13,7 +13,7 @@ RIDGE = 1e-6  # of the mean square of an input
 @dataclass(frozen=True)
 class Narrow:
     """``sums`` of what stays; the layer's best ``matrix`` (g, O, D + 1) there, the last column a change of constants;
-    ``lost`` is the squared error that it leaves, as a part of the variance of what the outputs are added to."""
+    ``lost`` is the squared error that it leaves, as a part of the variance of the model's."""
 
     sums: GramSums
     matrix: Tensor
@@ -43,7 +43,8 @@ def narrow(known: GramSums, weight: Tensor, stays: Tensor) -> Narrow | None:
     constant = columns.new_full((len(columns), 1), matrix.shape[2] - 1)
     ends = torch.cat([columns, constant], dim=1)
     gram = known.gram[groups]
-    sums = replace(known, gram=_square(gram, ends), output_share=share)
+    metric = None if known.output_metric is None else _square(known.output_metric[groups], rows)
+    sums = replace(known, gram=_square(gram, ends), output_share=share, output_metric=metric)
     free = known.landing.intercept is not None
     kept = ends if free else columns
     if kept.shape[1] == matrix.shape[2] - (0 if free else 1):  # all inputs are there
@@ -51,19 +52,20 @@ def narrow(known: GramSums, weight: Tensor, stays: Tensor) -> Narrow | None:
     found, error = _stand_in(mean, matrix, kept)
     if not free:
         found = torch.cat([found, found.new_zeros(*found.shape[:2], 1)], dim=2)
-    return Narrow(sums, found, float((error * share).sum()))
+    costs = torch.diag_embed(share) if metric is None else metric
+    return Narrow(sums, found, max(float((error * costs).sum()), 0.0))
 
 
 def _stand_in(moment: Tensor, matrix: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix (g, O, K) on the inputs ``kept`` (g, K), and each output's squared error (g, O)."""
+    """The matrix (g, O, K) on the inputs ``kept`` (g, K), and second moments of the outputs' errors (g, O, O)."""
     crossed = matrix @ moment
     wanted = crossed.gather(2, kept[:, None].expand(-1, matrix.shape[1], -1))
     inner = _square(moment, kept)
     level = RIDGE * inner.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     damped = inner + level[:, None, None] * torch.eye(inner.shape[1], dtype=inner.dtype)
     found = torch.linalg.solve(damped, wanted.mT).mT
-    error = (crossed * matrix).sum(2) - 2 * (found * wanted).sum(2) + (found @ inner * found).sum(2)
-    return found, error.clamp(min=0)
+    both = found @ wanted.mT
+    return found, crossed @ matrix.mT - both - both.mT + found @ inner @ found.mT
 
 
 def _square(matrix: Tensor, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from compress.calibration import Calibration, check_calibration, num_batches_of
 from compress.channels import ChannelGraph, trace
 from compress.cost import Cost, cost_of
 from compress.criteria import Criterion
-from compress.curvature import weighed
+from compress.curvature import output_curvature, weighed
 from compress.errors import BudgetError, PruneError
 from compress.factorize.factorizing import scarce, unprotected
 from compress.factorize.options import METHODS as FACTORISATIONS
@@ -70,8 +70,8 @@ def shrink(
 ) -> ShrinkResult:
     """Prune ``model`` and factorise what is left, so that it meets ``budget``. The model itself is not changed.
 
-    How much of the budget pruning spends is what makes the layers' outputs lose least on the calibration data, in
-    parts of the variance of what they are added to; either method may end up doing all of it. Nothing is trained.
+    How much of the budget pruning spends is what makes the model's outputs lose least on the calibration data, to
+    first order (see :mod:`compress.curvature`); either method may end up doing all of it. Nothing is trained.
 
     Args:
         model: any module, in any mode.
@@ -118,7 +118,7 @@ def shrink(
         return allocation.candidate(pruner.to(Budget(**{metric: kept})))
 
     best = least(at, lowest, 1.0 if sites else lowest)
-    made, factors = best.made()
+    made, factors = allocation.candidate(best.pruning, refined=True).made()
     after = cost_of(made, record(made, example_inputs, training=False))
     notes, recovery = [*graph.trace.notes, *(best.pruning.notes if best.pruning else ())], None
     notes += scarce(sums, best.choice)
@@ -159,4 +159,4 @@ def _completed(
         return dict(known)
     collector = lambda: GramCollector(missing, num_batches_of(calibration), seed=seed)  # noqa: E731
     (found,) = gather(model, graph.trace, calibration, [collector])
-    return {**known, **weighed(found.sums, model, calibration, seed=seed)}
+    return {**known, **weighed(found.sums, output_curvature(model, calibration, missing, seed=seed))}

@@ -62,14 +62,14 @@ def by_jacobians(model: nn.Module, x: Tensor) -> dict[Key, Tensor]:
     found = {}
     for key, value in made.items():
         jacobian = torch.func.jacrev(lambda e, key=key: run(x, {key: e})[0])(torch.zeros_like(value))
-        others = [d for d in range(jacobian.dim()) if d != outputs.dim() + 1]
-        found[key] = (jacobian.square().sum(others) / spread).detach()[None]
+        rows = jacobian.movedim(outputs.dim() + 1, -1).flatten(0, -2).detach()
+        found[key] = rows.T @ rows[None] / spread.detach()
     return found
 
 
-def test_one_number_a_sample_gives_the_diagonal_exactly(functional: tuple[nn.Module, Tensor]) -> None:
+def test_one_number_a_sample_gives_the_matrix_exactly(functional: tuple[nn.Module, Tensor]) -> None:
     model, x = functional
-    found = output_curvature(sites_of(model, x), model, [x])
+    found = output_curvature(model, [x], sites_of(model, x))
     expected = by_jacobians(model, x)
     assert found.keys() == expected.keys()
     for key, values in expected.items():
@@ -78,7 +78,7 @@ def test_one_number_a_sample_gives_the_diagonal_exactly(functional: tuple[nn.Mod
 
 def test_the_model_is_left_alone(functional: tuple[nn.Module, Tensor]) -> None:
     model, x = functional
-    output_curvature(sites_of(model, x), model, [x])
+    output_curvature(model, [x], sites_of(model, x))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["frozen"]
     assert model.training
@@ -90,12 +90,12 @@ def test_noise_costs_what_was_foretold() -> None:
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(8, 4)
     ).eval()
     x = torch.randn(256, 3, 8, 8)
-    found = output_curvature(sites_of(model, x[:1]), model, [*x.split(64)])
+    found = output_curvature(model, [*x.split(64)], sites_of(model, x[:1]))
     noise = 0.01 * torch.randn(256, 8, 6, 6) * torch.linspace(0.2, 2, 8)[:, None, None]
     with torch.no_grad():
         before = model(x)
         error = (model[1:](model[0](x) + noise) - before).square().sum() / (before - before.mean(0)).square().sum()
-    foretold = (found["0.weight", 0][0] * noise.square().mean((0, 2, 3))).sum()
+    foretold = (found["0.weight", 0][0].diagonal() * noise.square().mean((0, 2, 3))).sum()
     assert float(foretold) == pytest.approx(float(error), rel=0.1)
 
 
@@ -108,7 +108,7 @@ def test_outputs_that_autograd_does_not_reach_leave_everything_as_it_was() -> No
     model, x = Detached(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(40, 6)
     trace = record(model, x, training=False)
     (grams,) = gather(model, trace, [x], [lambda: GramCollector(find_sites(trace), 1)])
-    found = weighed(grams.sums, model, [x])
+    found = weighed(grams.sums, output_curvature(model, [x], find_sites(trace)))
     assert all(torch.equal(found[key].output_share, known.output_share) for key, known in grams.sums.items())
 
 
@@ -129,3 +129,15 @@ def test_a_budget_spares_what_the_outputs_depend_on() -> None:
     ranks = {factor.module: factor.ranks[0] for factor in result.plan.factors}
     assert [*ranks] == ["quiet"]
     assert (ranks["quiet"] or 32) <= 4
+
+
+def test_tables_are_weighed_by_what_follows() -> None:
+    """A scalar after each token: e^T w is what an error e does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Flatten(), nn.Linear(30, 1, bias=False)).double()
+    tokens = torch.randint(0, 11, (40, 5))
+    found = output_curvature(model, [tokens], [], ["0.weight"])["0.weight", 0]
+    outputs = model(tokens).detach()
+    rows = model[2].weight.detach().reshape(5, 6)
+    expected = 40 * rows.T @ rows / (outputs - outputs.mean(0)).square().sum()
+    torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0)
