@@ -41,7 +41,7 @@ PANEL, PANELS = 96, 8  # width of a panel of columns, at least, and the most of 
 MIN_ROWS = 4  # for every input: a regression on fewer rows fits noise
 FEW = 2  # rows for every input: with fewer a regression needs much damping
 DAMPING = 1e-2  # of the mean square of an input, where there are few rows
-ROUNDING = 1e-6  # of a sum of squares, in single precision: what is left of it about a large mean may be negative
+ROUNDING = 1e-5  # of sums of squares in single precision: less than that about the mean is noise, and may be negative
 MAX_INPUTS = 8192  # a site with more (half a gigabyte a matrix) is left out
 MOVES = {"permute", "transpose", "t"}
 SHARE = 2**18  # elements of an output that tell its variance
@@ -85,8 +85,9 @@ class GramSums:
             return self
         gram, total = self.gram.clone(), self.gram[:, -1:, :-1]
         gram[:, :-1, :-1] -= total.mT @ total / max(self.num_rows, 1)
-        diagonal = gram.diagonal(dim1=1, dim2=2)[:, :-1]
-        diagonal += ROUNDING * self.gram.diagonal(dim1=1, dim2=2)[:, :-1]
+        left, before = (each[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum(1) for each in (gram, self.gram))
+        noise = ROUNDING * before[:, None, None] * torch.eye(len(gram[0]) - 1) / (len(gram[0]) - 1)
+        gram[:, :-1, :-1] = torch.where((left <= ROUNDING * before)[:, None, None], noise, gram[:, :-1, :-1])
         return replace(self, gram=gram)
 
 

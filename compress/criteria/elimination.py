@@ -32,9 +32,10 @@ def reconstruction(group: ChannelGroup, evidence: Evidence) -> Removal:
     The next channel to go is the one that the remaining ones can best stand in for where it is read, after a
     least-squares refit of what reads it: with weights w and inputs of second moment H, removal of the columns c costs
     ``w_c ((H^-1)_cc)^-1 w_c^T`` (optimal brain surgeon, Hassibi & Stork 1992, equation 5; for blocks and layer by
-    layer, Frantar & Alistarh 2022, arXiv 2208.11580, section 4). Errors are counted by what they cost the
-    model's outputs to first order (see :mod:`compress.curvature`), and summed over consumers. One run of the
-    model with a quarter of the channels gone tells what such an error really costs there, so that losses of different groups can be compared.
+    layer, Frantar & Alistarh 2022, arXiv 2208.11580, section 4). Errors are counted by what they cost the model's
+    outputs to first order (see :mod:`compress.curvature`), and summed over consumers. One run of the model with a
+    quarter of the channels gone tells what such an error really costs there, so that losses of different groups can be
+    compared.
     """
     if evidence.grams is None:
         raise PruneError("this evidence holds no Gram matrices: declare `needs = {'grams'}` on the criterion")

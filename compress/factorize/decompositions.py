@@ -74,7 +74,9 @@ class Problem:
 
     @staticmethod
     def under(weight: Tensor, gram: Tensor, metric: Tensor) -> "Problem":
-        """The same for errors e of outputs that cost e^T Q e, with a ``metric`` Q (g, O / g, O / g) and a ridge.
+        """The same for errors e of outputs that cost e^T Q e, with a ``metric`` Q (g, O / g, O / g).
+
+        A part of each error counts whatever its direction.
 
         Raises:
             PruneError: numbers are not finite.
@@ -84,7 +86,7 @@ class Problem:
         level = metric.diagonal(dim1=1, dim2=2).mean(1)
         level = RIDGE * torch.where(level > 0, level, 1 / RIDGE)[:, None, None]
         identity = torch.eye(metric.shape[1], dtype=metric.dtype)
-        root = torch.stack([_cholesky(part).T for part in metric + level * identity])
+        root = torch.stack([_cholesky(part).T for part in (metric + level * identity) / (1 + RIDGE)])
         matrix = weight.detach().double().cpu().reshape(len(root), metric.shape[1], -1)
         return replace(Problem.of((root @ matrix).reshape(weight.shape), gram, groups=len(root)), root=root)
 
@@ -325,9 +327,9 @@ class Grouped:
         weights, importances = ([getattr(problem, name) for problem in found] for name in ("weight", "importance"))
         return Problem(torch.cat(weights), torch.stack([problem.gram for problem in found]), torch.cat(importances))
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor, float]:
+    def factors(self, rank: int, sweeps: int = SWEEPS) -> tuple[Tensor, Tensor, float]:
         """See :meth:`Factorisation.factors`."""
-        found = [each.factors(rank) for each in self._each]
+        found = [each.factors(rank, sweeps) for each in self._each]
         return torch.cat([f for f, _, _ in found]), torch.cat([s for _, s, _ in found]), sum(e for _, _, e in found)
 
 

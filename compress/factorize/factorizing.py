@@ -11,6 +11,7 @@ from compress.cost import Cost, cost_of, relative_latency
 from compress.curvature import output_curvature, weighed
 from compress.errors import BudgetError, PruneError
 from compress.factorize.clock import timed, within_latency
+from compress.factorize.decompositions import SWEEPS
 from compress.factorize.means import centred, keep_means
 from compress.factorize.options import METHODS, Layer, Option, layers_of, table_layers
 from compress.factorize.plan import FactorPlan
@@ -74,10 +75,10 @@ def factorize(
 ) -> FactorResult:
     """Replace layers of ``model`` by two or three thin ones, until it meets ``budget``. The model is not changed.
 
-    A layer is factorised so that its outputs on the calibration data lose least of what the model's outputs depend
-    on, and the budget is spent where those lose least, to first order (see :mod:`compress.curvature`).
-    Source: Kim et al. 2016, "Compression of deep convolutional neural networks", section 3.1 (tucker2); Jaderberg et al. 2014, "Speeding up convolutional neural networks with low
-    rank expansions", section 2.1 (spatial).
+    A layer is factorised so that its outputs on the calibration data lose least of what the model's outputs depend on,
+    and the budget is spent where those lose least, to first order (see :mod:`compress.curvature`). Source: Kim et al.
+    2016, "Compression of deep convolutional neural networks", section 3.1 (tucker2); Jaderberg et al. 2014, "Speeding
+    up convolutional neural networks with low rank expansions", section 2.1 (spatial).
 
     Args:
         model: any module, in any mode.
@@ -205,16 +206,19 @@ def _gathered(
     return grams.sums, counts
 
 
-def built(layers: Sequence[Layer], choice: Choice, metric: str) -> tuple[FactorPlan, dict[str, tuple[Tensor, ...]]]:
-    """The plan of a choice, with the weights of the thin layers; of spatial kernels the better of both orders."""
+def built(
+    layers: Sequence[Layer], choice: Choice, metric: str, *, quickly: bool = False
+) -> tuple[FactorPlan, dict[str, tuple[Tensor, ...]]]:
+    """The plan of a choice, with the weights of the thin layers; of spatial kernels the better of both orders, refined,
+    unless it is done ``quickly``."""
     factors, weights = [], {}
     for layer in layers:
         if layer.name not in choice:
             continue
         found = []
-        for option in _orders(layer, choice[layer.name], metric):
+        for option in [choice[layer.name]] if quickly else _orders(layer, choice[layer.name], metric):
             factor = layer.factor(option)
-            made, error = factors_of(layer.problem, factor)
+            made, error = factors_of(layer.problem, factor, 0 if quickly else SWEEPS)
             found.append((error, replace(factor, error=error), made))
         _, factor, weights[layer.name] = min(found, key=lambda each: each[0])
         factors.append(factor)

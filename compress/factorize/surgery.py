@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import PruneError
-from compress.factorize.decompositions import Grouped, Problem, Split
+from compress.factorize.decompositions import SWEEPS, Grouped, Problem, Split
 from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.tables import Table
 from compress.sandbox import unwrapped
@@ -20,8 +20,10 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "embedd
 SPLITS = {"vertical": Split((0,)), "horizontal": Split((1,))}
 
 
-def factors_of(problem: Problem | Table, factor: Factor) -> tuple[tuple[Tensor, ...], float]:
+def factors_of(problem: Problem | Table, factor: Factor, sweeps: int = SWEEPS) -> tuple[tuple[Tensor, ...], float]:
     """The weights of the thin layers, in the order in which they run, and the error that they leave.
+
+    Spatial kernels are refined by ``sweeps`` of alternating least squares.
 
     Raises:
         PruneError: a rank is above that of the whole matrix.
@@ -32,7 +34,7 @@ def factors_of(problem: Problem | Table, factor: Factor) -> tuple[tuple[Tensor, 
         first, *_ = ranks = _of_a_group(factor, problem.groups)
         if factor.kind == "spatial":
             assert first is not None
-            one, two, error = Grouped(problem, SPLITS[factor.first]).factors(first)
+            one, two, error = Grouped(problem, SPLITS[factor.first]).factors(first, sweeps)
             return (one, problem.outer(two)), error
         inner, outer = ranks if factor.kind == "tucker2" else (None, first)
         weights: list[Tensor] = []

@@ -1,9 +1,9 @@
 """How much of one budget pruning spends, and what factorisation does with the rest.
 
-Both lose outputs of layers, and both losses are counted by what they cost the model's outputs, to first order, so that
-they add up: a layer that reads removed channels is refitted by least squares to those that stay, and what factorising
-the refitted weights then loses is orthogonal to what the refit could not reach. The second moments of the inputs that
-stay are part of those of all inputs, so that this takes no further pass over the data.
+A layer that reads removed channels is refitted by least squares to those that stay, and the refitted weights are
+factorised. The second moments of the inputs that stay are part of those of all inputs, so that this takes no further
+pass over the data. What a division costs is measured at the model's outputs on a few samples: removed channels change
+so much that no first-order estimate tells it.
 """
 
 import math
@@ -19,9 +19,9 @@ from compress.cost import Cost
 from compress.errors import BudgetError
 from compress.factorize.factorizing import built, unprotected
 from compress.factorize.means import centred, keep_means
-from compress.factorize.options import Layer, layers_of
+from compress.factorize.options import layers_of
 from compress.factorize.plan import FactorPlan
-from compress.factorize.selection import Choice, within_budget
+from compress.factorize.selection import within_budget
 from compress.factorize.surgery import insert
 from compress.gram import GramSums
 from compress.landing import Landing
@@ -33,6 +33,7 @@ from compress.shrink.narrow import narrow
 from compress.sites import Key, Site, by_key, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
+from compress.trial import Trial
 
 INTERVALS = 4  # of the range, at whose ends one looks first
 HALVINGS = 2  # of those beside the best
@@ -40,32 +41,22 @@ HALVINGS = 2  # of those beside the best
 
 @dataclass(frozen=True)
 class Candidate:
-    """A pruned and refitted model, and how its layers are factorised to meet the budget of ``metric``.
+    """A model that was pruned, refitted and factorised to meet the budget.
 
-    ``pruning`` is None where nothing was pruned. ``left`` says by parameter why a layer cannot be factorised, ``sums``
-    are of its layers' inputs. ``error`` is what all layers lose together.
+    ``pruning`` is None where nothing was pruned. ``left`` says by parameter why a layer cannot be factorised. ``error``
+    is that of the model's outputs on a few samples, as a part of their variance.
     """
 
     model: nn.Module
     pruning: PruneResult | None
-    layers: Sequence[Layer]
-    choice: Choice
-    sums: Mapping[Key, GramSums]
+    factors: FactorPlan
     left: Mapping[str, str]
-    metric: str
     error: float
 
     @property
     def removed(self) -> PrunePlan:
         """The pruning's plan."""
         return PrunePlan.empty() if self.pruning is None else self.pruning.plan
-
-    def made(self) -> tuple[nn.Module, FactorPlan]:
-        """The model itself with thin layers, and the plan of those."""
-        factors, weights = built(self.layers, self.choice, self.metric)
-        insert(self.model, factors, weights)
-        keep_means(self.model, self.layers, factors, self.sums)
-        return self.model, factors
 
 
 def least(at: Callable[[float], Candidate], lowest: float, highest: float) -> Candidate:
@@ -105,6 +96,7 @@ class Allocation:
     Args:
         sums: of the dense model, for all sites that either method changes.
         before: the dense model's cost.
+        trial: of the dense model.
         methods: of factorisation; none leaves all to pruning.
         protect: patterns of what is not factorised.
     """
@@ -116,16 +108,17 @@ class Allocation:
         sums: Mapping[Key, GramSums],
         before: Cost,
         budget: Budget,
+        trial: Trial,
         *,
         methods: Sequence[str],
         protect: Sequence[str],
     ) -> None:
         self._dense, self._inputs, self._sums = dense, example_inputs, sums
-        self._before, self._budget = before, budget
+        self._before, self._budget, self._trial = before, budget, trial
         self._methods, self._protect = methods, protect
 
-    def candidate(self, pruning: PruneResult | None, *, refined: bool = False) -> Candidate:
-        """What factorisation makes of a pruned model, or of the dense one; ``refined`` takes longer for better ranks.
+    def candidate(self, pruning: PruneResult | None, *, quickly: bool = True) -> Candidate:
+        """What factorisation makes of a pruned model, or of the dense one; better if not ``quickly``.
 
         Raises:
             BudgetError: too little can be saved; says what can be reached.
@@ -136,29 +129,32 @@ class Allocation:
         present = total if pruning is None else getattr(pruning.after, metric)
         model = copied(self._dense if pruning is None else pruning.model)
         trace = record(model, self._inputs, training=False)
-        sums, lost = (self._sums, 0.0) if pruning is None else self._refitted(model, trace, pruning.plan)
-        if present <= allowed:
-            return Candidate(model, pruning, [], {}, {}, {}, metric, lost)
-        sites, left = unprotected(model, trace, self._protect, self._inputs) if self._methods else ([], {})
-        known = [site for site in sites if site.key in sums]
-        layers, without = layers_of(model, known, centred(sums), self._methods, refined=refined)
-        try:
-            choice = within_budget(layers, metric, present, allowed / present)
-        except BudgetError as error:
-            reached = (error.smallest or 1.0) * present / total
-            raise BudgetError(
-                f"shrinking brings {metric} down to {reached:.4g} of the model, not to {self._budget.fraction:.4g}: "
-                "allow more, or protect less",
-                reached,
-            ) from error
-        lost += sum(option.error for option in choice.values())
-        return Candidate(model, pruning, layers, choice, sums, {**left, **without}, metric, lost)
+        sums = self._sums if pruning is None else self._refitted(model, trace, pruning.plan)
+        factors, left = FactorPlan(), dict[str, str]()
+        if present > allowed:
+            sites, left = unprotected(model, trace, self._protect, self._inputs) if self._methods else ([], {})
+            known = [site for site in sites if site.key in sums]
+            layers, without = layers_of(model, known, centred(sums), self._methods, refined=not quickly)
+            left |= without
+            try:
+                choice = within_budget(layers, metric, present, allowed / present)
+            except BudgetError as error:
+                reached = (error.smallest or 1.0) * present / total
+                raise BudgetError(
+                    f"shrinking brings {metric} down to {reached:.4g} of the model, not to "
+                    f"{self._budget.fraction:.4g}: allow more, or protect less",
+                    reached,
+                ) from error
+            factors, weights = built(layers, choice, metric, quickly=quickly)
+            insert(model, factors, weights)
+            keep_means(model, layers, factors, sums)
+        return Candidate(model, pruning, factors, left, self._trial.error(model))
 
-    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> tuple[dict[Key, GramSums], float]:
-        """Refit what reads removed channels; what is known of the inputs that are left, and what was lost."""
+    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> dict[Key, GramSums]:
+        """Refit what reads removed channels; what is known of the inputs that are left."""
         tensors, dense, sites = tensors_of(model), tensors_of(self._dense), by_key(find_sites(trace))
         stays = _stays(plan, dense)
-        found, total = {}, 0.0
+        found = {}
         for key, known in self._sums.items():
             if key[0] not in stays:
                 found[key] = known
@@ -169,8 +165,7 @@ class Allocation:
             found[key] = replace(part.sums, site=site)
             if key[1] == 0 and (key[0], 1) not in self._sums:  # else several uses share the weight
                 _write(part.matrix, site, known.landing, tensors)
-            total += part.lost
-        return found, total
+        return found
 
 
 def _stays(plan: PrunePlan, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,12 +12,10 @@ RIDGE = 1e-6  # of the mean square of an input
 
 @dataclass(frozen=True)
 class Narrow:
-    """``sums`` of what stays; the layer's best ``matrix`` (g, O, D + 1) there, the last column a change of constants;
-    ``lost`` is the squared error that it leaves, as a part of the variance of the model's."""
+    """``sums`` of what stays; the layer's best ``matrix`` (g, O, D + 1) there, its last column a change of constants."""
 
     sums: GramSums
     matrix: Tensor
-    lost: float
 
 
 def narrow(known: GramSums, weight: Tensor, stays: Tensor) -> Narrow | None:
@@ -48,24 +46,20 @@ def narrow(known: GramSums, weight: Tensor, stays: Tensor) -> Narrow | None:
     free = known.landing.intercept is not None
     kept = ends if free else columns
     if kept.shape[1] == matrix.shape[2] - (0 if free else 1):  # all inputs are there
-        return Narrow(sums, matrix, 0.0)
-    found, error = _stand_in(mean, matrix, kept)
+        return Narrow(sums, matrix)
+    found = _stand_in(mean, matrix, kept)
     if not free:
         found = torch.cat([found, found.new_zeros(*found.shape[:2], 1)], dim=2)
-    costs = torch.diag_embed(share) if metric is None else metric
-    return Narrow(sums, found, max(float((error * costs).sum()), 0.0))
+    return Narrow(sums, found)
 
 
-def _stand_in(moment: Tensor, matrix: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix (g, O, K) on the inputs ``kept`` (g, K), and second moments of the outputs' errors (g, O, O)."""
-    crossed = matrix @ moment
-    wanted = crossed.gather(2, kept[:, None].expand(-1, matrix.shape[1], -1))
+def _stand_in(moment: Tensor, matrix: Tensor, kept: Tensor) -> Tensor:
+    """The matrix (g, O, K) on the inputs ``kept`` (g, K)."""
+    wanted = (matrix @ moment).gather(2, kept[:, None].expand(-1, matrix.shape[1], -1))
     inner = _square(moment, kept)
     level = RIDGE * inner.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     damped = inner + level[:, None, None] * torch.eye(inner.shape[1], dtype=inner.dtype)
-    found = torch.linalg.solve(damped, wanted.mT).mT
-    both = found @ wanted.mT
-    return found, crossed @ matrix.mT - both - both.mT + found @ inner @ found.mT
+    return torch.linalg.solve(damped, wanted.mT).mT
 
 
 def _square(matrix: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from compress.budget import Budget
-from compress.calibration import Calibration, check_calibration, num_batches_of
+from compress.calibration import Calibration, batches, check_calibration, num_batches_of
 from compress.channels import ChannelGraph, trace
 from compress.cost import Cost, cost_of
 from compress.criteria import Criterion
@@ -24,10 +24,12 @@ from compress.shrink.plan import ShrinkPlan
 from compress.shrink.pruner import Pruner
 from compress.sites import Key, Site
 from compress.trace import ExampleInputs, record
+from compress.trial import Trial, first_samples
 from compress.watch import gather
 
 METHODS = ("prune", "factorize")
 METRICS = ("macs", "params")
+NUM_TRIED = 256  # samples that tell what a division of the budget costs
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def shrink(
 ) -> ShrinkResult:
     """Prune ``model`` and factorise what is left, so that it meets ``budget``. The model itself is not changed.
 
-    How much of the budget pruning spends is what makes the model's outputs lose least on the calibration data, to
-    first order (see :mod:`compress.curvature`); either method may end up doing all of it. Nothing is trained.
+    How much of the budget pruning spends is what makes the model's outputs lose least on some of the calibration
+    data; either method may end up doing all of it. Nothing is trained.
 
     Args:
         model: any module, in any mode.
@@ -109,7 +111,8 @@ def shrink(
     furthest = pruner.towards(budget) if can_prune else None
     sums = _completed(pruner.sums, model, graph, sites, calibration, seed)
     factorisations = FACTORISATIONS if sites else ()
-    allocation = Allocation(model, example_inputs, sums, before, budget, methods=factorisations, protect=protect)
+    trial = Trial(model, first_samples((inputs for inputs, _ in batches(calibration, model)), NUM_TRIED))
+    allocation = Allocation(model, example_inputs, sums, before, budget, trial, methods=factorisations, protect=protect)
     lowest = 1.0 if furthest is None else getattr(furthest.after, metric) / getattr(before, metric)
 
     def at(kept: float) -> Candidate:
@@ -118,10 +121,11 @@ def shrink(
         return allocation.candidate(pruner.to(Budget(**{metric: kept})))
 
     best = least(at, lowest, 1.0 if sites else lowest)
-    made, factors = allocation.candidate(best.pruning, refined=True).made()
+    best = allocation.candidate(best.pruning, quickly=False)
+    made, factors = best.model, best.factors
     after = cost_of(made, record(made, example_inputs, training=False))
     notes, recovery = [*graph.trace.notes, *(best.pruning.notes if best.pruning else ())], None
-    notes += scarce(sums, best.choice)
+    notes += scarce(sums, [factor.module for factor in factors.factors])
     if recovery_methods and (best.removed.groups or factors.factors):
         recovery = recovered(
             made, model, best.removed, calibration, recovery_methods, seed=seed, origins=factors.origins

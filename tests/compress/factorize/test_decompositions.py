@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from compress import PruneError
-from compress.factorize.decompositions import Factorisation, Problem, Split
+from compress.factorize.decompositions import RIDGE, Factorisation, Grouped, Problem, Split
 
 SPLITS = {
     "matrix": ((9, 7), Split()),
@@ -134,3 +134,52 @@ def test_bad_ranks_and_numbers_are_said() -> None:
         Problem.of(weight * float("nan"))
     with pytest.raises(PruneError, match=r"needs a Gram matrix \(7, 7\)"):
         Problem.of(weight, torch.eye(6))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", ["matrix", "vertical", "outputs"])
+def test_errors_under_a_metric_are_those_that_it_gives(name: str, groups: int) -> None:
+    """e^T Q e of rows through both weights, for a Q with a large part in every direction."""
+    shape, split = SPLITS[name]
+    weight, inputs, _ = example((shape[0] // 2 * 2, *shape[1:]))
+    outputs = len(weight) // groups
+    mixing = torch.randn(groups, outputs, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    metric = mixing @ mixing.mT + torch.eye(outputs, dtype=torch.float64)
+    gram = (inputs.T @ inputs / len(inputs)).expand(groups, -1, -1)
+    problem = Problem.under(weight, gram[0] if groups == 1 else gram, metric)
+    assert torch.allclose(problem.outer(problem.weight), weight, atol=1e-10)
+    level = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    costs = (metric + RIDGE * level * torch.eye(outputs)) / (1 + RIDGE)
+    found = Grouped(problem, split)
+    first, second, error = found.factors(2)
+    second = problem.outer(second)
+    pairs = zip(first.chunk(groups), second.chunk(groups), strict=True)
+    lost = [inputs @ (w - merged(a, b)).flatten(1).T for w, (a, b) in zip(weight.chunk(groups), pairs, strict=True)]
+    expected = sum(float(((e @ q) * e).sum(1).mean()) for e, q in zip(lost, costs, strict=True))
+    assert error == pytest.approx(expected, rel=1e-8)
+
+
+def test_directions_that_cost_nothing_take_no_rank() -> None:
+    weight, inputs, _ = example((8, 6))
+    direction = torch.randn(8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    metric = (direction @ direction.T)[None] * 100
+    gram = inputs.T @ inputs / len(inputs)
+    second_of_plain = Factorisation(Problem.of(weight, gram), Split()).factors(1)
+    problem = Problem.under(weight, gram, metric)
+    first, second, _ = Factorisation(problem, Split()).factors(1)
+
+    def along(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((inputs @ (weight - merged(a, b)).T @ direction).square().mean())
+
+    assert along(first, problem.outer(second)) < 0.1 * along(*second_of_plain[:2])
+
+
+def test_refined_errors_are_about_those_of_the_factors() -> None:
+    weight, inputs, importance = example((12, 8, 3, 3))
+    found = Grouped(Problem.of(weight, inputs.T @ inputs / len(inputs), importance), SPLITS["vertical"][1])
+    refined = found.refined_errors()
+    assert (refined <= found.errors + 1e-12).all()
+    ranks = list(range(2, found.full_rank() - 1, 3))
+    left = torch.tensor([found.factors(rank)[2] for rank in ranks], dtype=torch.float64).log()
+    wrong = [float((errors[ranks].log() - left).abs().mean()) for errors in (found.errors, refined)]
+    assert wrong[1] < 0.6 * wrong[0]
