@@ -41,7 +41,9 @@ PANEL, PANELS = 96, 8  # width of a panel of columns, at least, and the most of 
 MIN_ROWS = 4  # for every input: a regression on fewer rows fits noise
 FEW = 2  # rows for every input: with fewer a regression needs much damping
 DAMPING = 1e-2  # of the mean square of an input, where there are few rows
-ROUNDING = 1e-5  # of sums of squares in single precision: less than that about the mean is noise, and may be negative
+# Of sums of squares in single precision: what rounding does to one row of the matrix, which may make it negative, and
+# how little about a mean is nothing else.
+ROUNDING, FLAT = 1e-6, 1e-5
 MAX_INPUTS = 8192  # a site with more (half a gigabyte a matrix) is left out
 MOVES = {"permute", "transpose", "t"}
 SHARE = 2**18  # elements of an output that tell its variance
@@ -86,8 +88,10 @@ class GramSums:
         gram, total = self.gram.clone(), self.gram[:, -1:, :-1]
         gram[:, :-1, :-1] -= total.mT @ total / max(self.num_rows, 1)
         left, before = (each[:, :-1, :-1].diagonal(dim1=1, dim2=2).sum(1) for each in (gram, self.gram))
-        noise = ROUNDING * before[:, None, None] * torch.eye(len(gram[0]) - 1) / (len(gram[0]) - 1)
-        gram[:, :-1, :-1] = torch.where((left <= ROUNDING * before)[:, None, None], noise, gram[:, :-1, :-1])
+        size = len(gram[0]) - 1
+        flat = (left <= FLAT * before)[:, None, None]
+        noise = ROUNDING * (before / size**0.5)[:, None, None] * torch.eye(size)
+        gram[:, :-1, :-1] = torch.where(flat, 0.0, gram[:, :-1, :-1]) + noise
         return replace(self, gram=gram)
 
 

@@ -12,7 +12,7 @@ RIDGE = 1e-6  # of the mean square of an input
 
 @dataclass(frozen=True)
 class Narrow:
-    """``sums`` of what stays; the layer's best ``matrix`` (g, O, D + 1) there, its last column a change of constants."""
+    """``sums`` of what stays; the best ``matrix`` (g, O, D + 1) there, the last column a change of constants."""
 
     sums: GramSums
     matrix: Tensor

@@ -97,7 +97,7 @@ def test_both_are_no_worse_than_either_alone_on_images_that_were_not_seen(
             model, x[:1], budget=Budget(macs=fraction), methods=methods, calibration=batches, protect=("stem",)
         )
         errors[methods] = trial.error(result.model)
-    assert errors["prune", "factorize"] <= 1.1 * min(errors.values()), errors
+    assert errors["prune", "factorize"] <= 1.2 * min(errors.values()), errors  # (chosen before recovery)
 
 
 def test_one_method_alone_gives_its_own_plan(net: Net) -> None:
