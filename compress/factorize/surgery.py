@@ -8,19 +8,25 @@ from torch import Tensor, nn
 
 from compress.errors import PruneError
 from compress.factorize.decompositions import Grouped, Problem, Split
+from compress.factorize.heads import Heads, made_of
 from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.tables import Table
 from compress.sandbox import unwrapped
+from layers.attention import LowRankAttention
 from layers.low_rank import LowRankEmbedding, LowRankLinear, SpatialConv, Tucker2Conv
 from layers.replacing import replace_modules
 
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LowRank = LowRankLinear | LowRankEmbedding | Tucker2Conv | SpatialConv
-KINDS: dict[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "embedding": (nn.Embedding,)}
+LowRank = LowRankLinear | LowRankEmbedding | Tucker2Conv | SpatialConv | LowRankAttention
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "linear": (nn.Linear,),
+    "embedding": (nn.Embedding,),
+    "attention": (nn.MultiheadAttention,),
+}
 SPLITS = {"vertical": Split((0,)), "horizontal": Split((1,))}
 
 
-def factors_of(problem: Problem | Table, factor: Factor) -> tuple[tuple[Tensor, ...], float]:
+def factors_of(problem: Problem | Table | Heads, factor: Factor) -> tuple[tuple[Tensor, ...], float]:
     """The weights of the thin layers, in the order in which they run, and the error that they leave.
 
     Raises:
@@ -29,6 +35,8 @@ def factors_of(problem: Problem | Table, factor: Factor) -> tuple[tuple[Tensor, 
     try:
         if isinstance(problem, Table):
             return problem.factors(factor.ranks[0] or 0)
+        if isinstance(problem, Heads):
+            return problem.factors(factor.ranks), factor.error  # (that was measured)
         first, *_ = ranks = _of_a_group(factor, problem.groups)
         if factor.kind == "spatial":
             assert first is not None
@@ -82,6 +90,9 @@ def insert(
         given = factors_of(_white(layer, factor), factor)[0] if given is None else given
         made[layer] = _as(layer, _from_weights(layer, factor, given))
     replace_modules(model, made)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LowRankAttention) for m in module.modules()):
+            module.use_nested_tensor = False  # it packs sequences for a fused path that knows full heads alone
 
 
 def without_values(layer: Any, factor: Factor) -> LowRank:
@@ -118,7 +129,7 @@ def _checked(model: nn.Module, factor: Factor) -> Any:
             f"the plan replaces {factor.module!r}, which the model does not have: is it another class?"
         ) from None
     kinds = KINDS.get(factor.kind, DENSE[1:])
-    weight = getattr(layer, "weight", None)
+    weight = weight_of(layer)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
     if not (factor.settings or isinstance(layer, kinds)) or shape != factor.shape or not factor.module:
         raise PruneError(
@@ -128,8 +139,15 @@ def _checked(model: nn.Module, factor: Factor) -> Any:
     return layer
 
 
-def _white(layer: Any, factor: Factor) -> Problem | Table:
+def weight_of(layer: Any) -> Any:
+    """The one weight, or the last."""
+    return layer.out_proj.weight if isinstance(layer, nn.MultiheadAttention) else getattr(layer, "weight", None)
+
+
+def _white(layer: Any, factor: Factor) -> Problem | Table | Heads:
     """The layer's own weight, as if its inputs were white."""
+    if factor.kind == "attention":
+        return Heads.of(layer)
     if factor.kind == "embedding":
         return Table.of(layer.weight)
     weight = layer.weight.T if factor.settings.get("transposed") else layer.weight
@@ -137,6 +155,8 @@ def _white(layer: Any, factor: Factor) -> Problem | Table:
 
 
 def _from_weights(layer: Any, factor: Factor, weights: Sequence[Tensor]) -> LowRank:
+    if factor.kind == "attention":
+        return made_of(layer, weights)
     cast = [w.to(layer.weight) for w in weights]
     if factor.kind == "embedding":
         return LowRankEmbedding.from_factors(cast[0], cast[1], padding_idx=layer.padding_idx)
@@ -159,6 +179,8 @@ def _from_weights(layer: Any, factor: Factor, weights: Sequence[Tensor]) -> LowR
 def _by_size(layer: Any, factor: Factor) -> LowRank:
     """Parameters without values that matter."""
     rank = factor.ranks[0] or 0
+    if factor.kind == "attention":
+        return LowRankAttention.from_dense(layer, (rank, factor.ranks[1] or 0))
     if factor.kind == "embedding":
         return LowRankEmbedding(*factor.shape, rank, padding_idx=layer.padding_idx)  # type: ignore[misc]
     bias = layer.bias is not None
@@ -187,5 +209,5 @@ def _padding(layer: Any) -> tuple[int, ...]:
 
 def _as(layer: Any, made: LowRank) -> LowRank:
     """On the device, in the dtype and in the mode of ``layer``, and trainable as it is."""
-    made = made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
-    return made.requires_grad_(layer.weight.requires_grad)
+    weight = weight_of(layer)
+    return made.to(weight.device, weight.dtype).train(layer.training).requires_grad_(weight.requires_grad)
