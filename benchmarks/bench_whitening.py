@@ -4,7 +4,7 @@ Claim: for correlated inputs the whitened SVD loses at most as much of every lay
 and at most 0.7 times as much on average, on a 3-layer MLP and on a transformer of torchvision's vit_b_16 shape; at full
 rank the outputs are the dense layer's to 1e-10 in float64. Weights are random with singular values that fall like
 1 / k. Errors are measured on the calibration inputs and on fresh ones. Of the transformer's twelve blocks, alike but
-for their random numbers, the first few are enough (``--blocks``): one takes a CPU about a minute.
+for their random numbers, the first few are enough (``--blocks``): one takes a CPU half a minute.
 """
 
 import sys
