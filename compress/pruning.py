@@ -93,7 +93,8 @@ def prune(
         loss: ``loss(output, target)`` for criteria that need gradients, cross-entropy on class indices if None. With
             ``combine`` one for all tasks or {task: loss}, each of the task's own output and target.
         recover: repair the pruned model from ``calibration`` alone, without labels or training: True, or names from
-            :data:`compress.recover.METHODS`; each is kept where it helps on held-out data.
+            :data:`compress.recover.METHODS`; each is kept where it helps on held-out data. With {task: batches}, a
+            layer that some tasks see (a head) is refitted to their data, and others' count a tenth.
         exact_only: remove only what can be removed exactly (see :attr:`PrunePlan.exact`).
         protect: shell patterns of parameter or module names that must stay whole, such as ``"head.*"``.
         round_to: widths become multiples of this number; "auto" times which multiples are worth it on this machine,

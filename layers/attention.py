@@ -96,10 +96,10 @@ class LowRankAttention(nn.Module):
         check_shape(self, "query", query, ("...", self.q_proj.in_features))
         single = query.dim() == 2
         given = [query, key, value]
-        if single or not self.batch_first:
-            given = [x.unsqueeze(0) if single else x.transpose(0, 1) for x in given]
+        if single or self.batch_first:  # samples come second, as in the layer of torch: rows of both are alike then
+            given = [x.unsqueeze(1) if single else x.transpose(0, 1) for x in given]
         q, k, v = (
-            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            layer(x).unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3)
             for layer, x in zip((self.q_proj, self.k_proj, self.v_proj), given, strict=True)
         )
         mask = self._mask(attn_mask, key_padding_mask, q)
@@ -112,12 +112,12 @@ class LowRankAttention(nn.Module):
             heads = weights @ v
         else:
             heads = scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
-        output = self.out_proj(heads.transpose(1, 2).flatten(2))
+        output = self.out_proj(heads.permute(2, 0, 1, 3).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if single:
-            return output.squeeze(0), None if weights is None else weights.squeeze(0)
-        return output if self.batch_first else output.transpose(0, 1), weights
+            return output.squeeze(1), None if weights is None else weights.squeeze(0)
+        return output.transpose(0, 1) if self.batch_first else output, weights
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor) -> Tensor | None:
         """What is added to the scores (B or 1, H or 1, L, S)."""

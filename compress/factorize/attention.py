@@ -17,7 +17,7 @@ from compress.factorize.replaceable import failing
 from compress.gram import GramSums
 from compress.recorder import Op, Trace
 from compress.rules.registry import base_name
-from compress.sandbox import untouched
+from compress.sandbox import quick_operators, untouched, visible_operators
 from compress.sites import Site
 from compress.surgery import copied
 from compress.trace import ExampleInputs, as_arguments
@@ -171,7 +171,7 @@ def _calls(
     """With what each of these modules is called in evaluation mode."""
     found: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     args, kwargs = as_arguments(inputs)
-    with torch.no_grad(), untouched(model):
+    with torch.no_grad(), untouched(model), visible_operators(), quick_operators():  # no fused path around the module
         for name in names:
             model.get_submodule(name).register_forward_pre_hook(
                 lambda _, given, named, name=name: found.update({name: (given, named)}), with_kwargs=True

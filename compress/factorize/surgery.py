@@ -91,8 +91,13 @@ def insert(
         made[layer] = _as(layer, _from_weights(layer, factor, given))
     replace_modules(model, made)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LowRankAttention) for m in module.modules()):
-            module.use_nested_tensor = False  # it packs sequences for a fused path that knows full heads alone
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and _has_thin(module):
+            # both have a fused path that reads their layers' weights; these keep them from it
+            module.use_nested_tensor, module.activation_relu_or_gelu = False, 0  # type: ignore[assignment]
+
+
+def _has_thin(module: nn.Module) -> bool:
+    return any(isinstance(inner, LowRank) for inner in module.modules())
 
 
 def without_values(layer: Any, factor: Factor) -> LowRank:

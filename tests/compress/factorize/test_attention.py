@@ -199,6 +199,49 @@ def test_both_products_together_lose_less_than_layers_alone_at_the_same_budget(b
     assert_same(compress.load(vit(), tmp_path / "small.safetensors"), result.model, fresh, 0.0)
 
 
+def test_recovery_refits_what_thin_attentions_feed() -> None:
+    """The last layer of an attention has the dense one's rows in the same order."""
+    model, batches = vit(), smooth(4, 64)
+    errors = []
+    for recover in (False, True):
+        result = compress.factorize(
+            model,
+            batches[0][:2],
+            budget=Budget(macs=0.8),
+            methods=("attention",),
+            calibration=batches[:-1],
+            recover=recover,
+        )
+        with torch.no_grad():
+            errors.append(float((result.model(batches[-1]) - model(batches[-1])).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
+    assert result.recovery is not None
+    assert any("self_attention.out_proj" in layer.name for layer in result.recovery.layers)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("methods", [("svd",), ("attention",)])
+def test_encoders_of_torch_leave_their_fused_path_which_reads_weights(methods: tuple[str, ...], tmp_path) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True), 2)
+
+        def forward(self, x):
+            return self.encoder(x, src_key_padding_mask=torch.arange(6) > torch.arange(len(x))[:, None] % 5 + 1)
+
+    model = Padded().eval()
+    x = torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(0))
+    result = compress.factorize(model, x[:8], budget=Budget(macs=0.85), methods=methods, calibration=[x], recover=False)
+    compress.save(result, tmp_path / "small.safetensors")
+    loaded = compress.load(Padded().eval(), tmp_path / "small.safetensors")
+    seen = torch.arange(6) <= torch.arange(64)[:, None] % 5 + 1
+    with torch.inference_mode():
+        found, expected = loaded(x), model(x)
+    assert float((found - expected)[seen].square().mean()) < 0.2 * float(expected[seen].square().mean())
+
+
 def test_energy_protection_and_further_pruning() -> None:
     model, batches = vit(), smooth()
     first, second = (f"encoder.layers.encoder_layer_{i}.self_attention" for i in range(2))
