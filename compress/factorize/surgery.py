@@ -93,7 +93,7 @@ def insert(
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and _has_thin(module):
             # both have a fused path that reads their layers' weights; these keep them from it
-            module.use_nested_tensor, module.activation_relu_or_gelu = False, 0  # type: ignore[assignment]
+            module.use_nested_tensor, module.activation_relu_or_gelu = False, 0
 
 
 def _has_thin(module: nn.Module) -> bool:
