@@ -1,9 +1,10 @@
 """What whitening by the inputs is worth: output errors of truncated SVDs of equal rank, with and without it.
 
 Claim: for correlated inputs the whitened SVD loses at most as much of every layer's outputs as the weight's raw SVD,
-and at most 0.7 times as much on average, on a 3-layer MLP and on torchvision's vit_b_16; at full rank the outputs are
-the dense layer's to 1e-10 in float64. Weights are random with singular values that fall like 1 / k. Errors are measured
-on the calibration inputs and on fresh ones.
+and at most 0.7 times as much on average, on a 3-layer MLP and on a transformer of torchvision's vit_b_16 shape; at full
+rank the outputs are the dense layer's to 1e-10 in float64. Weights are random with singular values that fall like
+1 / k. Errors are measured on the calibration inputs and on fresh ones. Of the transformer's twelve blocks, alike but
+for their random numbers, the first few are enough (``--blocks``): one takes a CPU half a minute.
 """
 
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from benchmarks.common import parser, wide_console, write_results
 from compress.factorize.decompositions import Factorisation, Problem, Split
@@ -35,23 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--models", nargs="+", default=["mlp", "vit_b_16"], choices=[*MODELS, "small_vit"])
     flags.add_argument("--ranks", type=float, nargs="+", default=[0.125, 0.25, 0.5], help="parts of the full rank")
     flags.add_argument("--images", type=int, default=32, help="of a vision transformer; 64 times as many of an MLP")
+    flags.add_argument("--blocks", type=int, default=2, help="of vit_b_16, which has 12")
     flags.add_argument("--seed", type=int, default=0)
     config = flags.parse_args(arguments)
-    rows = [row for name in config.models for row in measured(name, config.ranks, config.images, config.seed)]
+    rows = [row for name in config.models for row in measured(name, config)]
     summary = [summed(name, [row for row in rows if row["model"] == name]) for name in config.models]
     _print(summary)
-    settings = {name: getattr(config, name) for name in ("models", "ranks", "images", "seed")}
+    settings = {name: getattr(config, name) for name in ("models", "ranks", "images", "blocks", "seed")}
     write_results(config.output, arguments, {"settings": settings, "summary": summary, "rows": rows})
     return 0
 
 
-def measured(name: str, ranks: Sequence[float], images: int, seed: int) -> Iterator[dict[str, Any]]:
+def measured(name: str, config: Any) -> Iterator[dict[str, Any]]:
     """A row for each layer and rank: errors as parts of the outputs' variance, whitened and raw, and at full rank."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    model, draw = {**MODELS, "small_vit": _small_vit}[name]()
+    generator = torch.Generator().manual_seed(config.seed)
+    torch.manual_seed(config.seed)
+    model, draw = {**MODELS, "small_vit": _small_vit}[name](config.blocks)
     _decay(model, generator)
-    calibration, fresh = (draw(images, generator) for _ in range(2))
+    calibration, fresh = (draw(config.images, generator) for _ in range(2))
     trace = record(model, calibration[:1], training=False)
     sites = [site for site in find_sites(trace) if site.groups == 1 and site.use == 0]
     parameters = dict(model.named_parameters())
@@ -62,7 +65,7 @@ def measured(name: str, ranks: Sequence[float], images: int, seed: int) -> Itera
         return dict(grams.sums)
 
     known = problems(calibration)
-    factors = {site.key: _factors(problem_of(site, parameters[site.parameter], known.pop(site.key)), ranks, site)
+    factors = {site.key: _factors(problem_of(site, parameters[site.parameter], known.pop(site.key)), config.ranks, site)
                for site in sites}  # fmt: skip
     seen = problems(fresh)
     for site in sites:
@@ -144,7 +147,7 @@ def _decay(model: nn.Module, generator: torch.Generator) -> None:
 Draw = Callable[[int, torch.Generator], Tensor]
 
 
-def _mlp() -> tuple[nn.Module, Draw]:
+def _mlp(_: int) -> tuple[nn.Module, Draw]:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(WIDTHS):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -156,15 +159,12 @@ def _mlp() -> tuple[nn.Module, Draw]:
     return nn.Sequential(*layers[:-1]).eval(), draw
 
 
-def _vit_b_16() -> tuple[nn.Module, Draw]:
-    from torchvision.models import vit_b_16
+def _vit_b_16(blocks: int) -> tuple[nn.Module, Draw]:
+    model = VisionTransformer(224, 16, num_layers=blocks, num_heads=12, hidden_dim=768, mlp_dim=3072)
+    return model.eval(), _images(224)
 
-    return vit_b_16(weights=None).eval(), _images(224)
 
-
-def _small_vit() -> tuple[nn.Module, Draw]:
-    from torchvision.models import VisionTransformer
-
+def _small_vit(_: int) -> tuple[nn.Module, Draw]:
     model = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=24, mlp_dim=48, num_classes=10)
     return model.eval(), _images(32)
 
@@ -179,7 +179,7 @@ def _images(size: int) -> Draw:
     return draw
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Draw]]] = {"mlp": _mlp, "vit_b_16": _vit_b_16}
+MODELS: dict[str, Callable[[int], tuple[nn.Module, Draw]]] = {"mlp": _mlp, "vit_b_16": _vit_b_16}
 
 
 def _print(summary: Sequence[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """What goes from one channel graph: judgements of all tasks, combined, and spent on a budget."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -16,15 +16,16 @@ from compress.surgery import copied
 
 COMBINATIONS: Mapping[str, Weigh] = {"mean": mean, "max": largest, "balanced": mean}  # and what balancing starts from
 
-Repair = Callable[[nn.Module, PrunePlan], object]
+Repair = Callable[[nn.Module, PrunePlan, Values | None], object]  # in place; with the weights of the tasks
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What goes, and the scores of the units of each group, shape (units,)."""
+    """What goes, and the scores of the units of each group, shape (units,); ``weights`` of the tasks, if any."""
 
     selection: Selection
     scores: list[Values]
+    weights: Values | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Chooser:
         """What goes such that the worst task loses little, in the pruned model after ``repair`` (in place)."""
 
         def play(weights: Values) -> tuple[Choice, Values]:
-            choice = self.by(weighted(weights))
+            choice = replace(self.by(weighted(weights)), weights=weights)
             pruned, plan = self.attempt.pruned(choice.selection)
             pruned = copied(pruned)  # the attempt keeps its own
-            repair(pruned, plan)
+            repair(pruned, plan, weights)
             return choice, losses.of(pruned)
 
         return balance(len(self.judged), play)

@@ -25,7 +25,7 @@ from compress.sandbox import no_collections, on_meta, unwrapped
 from compress.score import check_needs, collect_evidence, judge
 from compress.select import FLOOR, SelectOptions
 from compress.surgery import move_optimizer
-from compress.tasks import ByTask, is_by_task, views_of, whole
+from compress.tasks import ByTask, counts_of, is_by_task, views_of, whole
 from compress.trace import ExampleInputs, record
 from compress.verify import check_repeatable
 
@@ -93,7 +93,8 @@ def prune(
         loss: ``loss(output, target)`` for criteria that need gradients, cross-entropy on class indices if None. With
             ``combine`` one for all tasks or {task: loss}, each of the task's own output and target.
         recover: repair the pruned model from ``calibration`` alone, without labels or training: True, or names from
-            :data:`compress.recover.METHODS`; each is kept where it helps on held-out data.
+            :data:`compress.recover.METHODS`; each is kept where it helps on held-out data. With {task: batches}, a
+            layer that some tasks see (a head) is refitted to their data, and others' count a tenth.
         exact_only: remove only what can be removed exactly (see :attr:`PrunePlan.exact`).
         protect: shell patterns of parameter or module names that must stay whole, such as ``"head.*"``.
         round_to: widths become multiples of this number; "auto" times which multiples are worth it on this machine,
@@ -137,11 +138,14 @@ def prune(
     if on_meta(model):
         notes.append("not verified: the model is on the meta device and has no values")
 
-    def repair(pruned: nn.Module, plan: PrunePlan) -> Recovery | None:
+    def repair(pruned: nn.Module, plan: PrunePlan, weights: Values | None) -> Recovery | None:
         if not methods or data is None or not plan.groups:
             return None
-        held_out = max(1, min(len(views), len(data) // HELD_OUT)) if isinstance(data, ByTask) else 1
-        return recovered(pruned, model, plan, data, methods, seed=seed, num_held_out=held_out)
+        if not isinstance(data, ByTask):
+            return recovered(pruned, model, plan, data, methods, seed=seed)
+        held_out = max(1, min(len(views), len(data) // HELD_OUT))
+        count = counts_of(views, data, weights)
+        return recovered(pruned, model, plan, data, methods, seed=seed, num_held_out=held_out, count=count)
 
     while True:
         judged = [judge(score, replace(own, graph=graph), view) for own, view in zip(evidence, views, strict=True)]
@@ -164,7 +168,7 @@ def prune(
     pruned, plan = attempt.pruned(choice.selection)
     if optimizer is not None:
         move_optimizer(optimizer, model, pruned, plan)
-    recovery = repair(pruned, plan)
+    recovery = repair(pruned, plan, choice.weights)
     notes += recovery.notes if recovery is not None else ()
     if graph.trace.real:  # another number of proposals, say, would be counted: price what the dense model ran
         macs = round(attempt.price("macs")(choice.selection.kept(graph.sizes)) * attempt.before.macs)

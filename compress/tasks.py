@@ -4,9 +4,9 @@ A model of several tasks gives a mapping {task: output}. Nothing else is asked o
 what the tasks share, is seen in its trace.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 from typing import Any, TypeGuard
 
 from torch import Tensor
@@ -15,8 +15,10 @@ from compress.calibration import Calibration, check_calibration
 from compress.channels import ChannelGroup
 from compress.errors import CalibrationError, PruneError
 from compress.recorder import Op, Trace
+from compress.removal import Values
 
 Loss = Callable[[Any, Any], Tensor]
+OTHERS = 0.1  # what a squared error on another task's data counts in a layer that is not that task's
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,42 @@ class ByTask:
         self._calibration = dict(calibration)
 
     def __iter__(self) -> Iterator[Any]:
-        own = [list(batches) for batches in self._calibration.values()]
-        placed = [[((place + 1) / len(all_), batch) for place, batch in enumerate(all_)] for all_ in own]
-        return (batch for _, batch in sorted(chain(*placed), key=lambda item: item[0]))
+        own = {task: list(batches) for task, batches in self._calibration.items()}
+        return (own[task][place] for task, place in self._order({task: len(all_) for task, all_ in own.items()}))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Whose each batch is."""
+        sizes = {task: len(list(batches)) for task, batches in self._calibration.items()}
+        return [task for task, _ in self._order(sizes)]
+
+    @staticmethod
+    def _order(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+        placed = [((place + 1) / size, task, place) for task, size in sizes.items() for place in range(size)]
+        return [(task, place) for _, task, place in sorted(placed, key=lambda item: item[0])]
 
     def __len__(self) -> int:
-        return sum(len(list(batches)) for batches in self._calibration.values())
+        return len(self.tasks)
+
+
+def counts_of(views: Sequence[View], data: ByTask, weights: Values | None) -> Callable[[str, int], float]:
+    """What squared errors of a layer, by parameter, count on a batch of ``data``, by number.
+
+    A layer that all tasks see serves each as much as its weight (all alike if None, 1 on average). What some see (a
+    head, say) is theirs: data of the others count little, and are there as it may have few of its own.
+    """
+    own = {view.task: view.reach.parameters for view in views if view.reach is not None}
+    alike = [1 / len(views)] * len(views)
+    size = dict(zip((view.task for view in views), alike if weights is None else weights.tolist(), strict=True))
+
+    def count(parameter: str, batch: int) -> float:
+        task = data.tasks[batch]
+        seen = [each for each, parameters in own.items() if parameter in parameters]
+        if len(seen) == len(views):
+            return max(len(views) * size[task], OTHERS)
+        return 1.0 if task in seen else OTHERS
+
+    return count
 
 
 def is_by_task(calibration: Any) -> TypeGuard[Mapping[str, Calibration]]:

@@ -8,9 +8,9 @@
 True
 
 The catalogue, one family a file: convolutions (`conv`), pooling (`pool`), activations and losses (`activation`),
-`dense`, `norm`, `dropout`, `residual`, `highway`, `gated`, `inception`, `bottleneck`, `low_rank`, `recurrent`, `crf`,
-and `network`, which builds a model from a list. What a layer cannot take is a ValueError that names the layer, the
-argument, what was expected and what was given.
+`dense`, `norm`, `dropout`, `residual`, `highway`, `gated`, `inception`, `bottleneck`, `low_rank`, `attention`,
+`recurrent`, `crf`, and `network`, which builds a model from a list. What a layer cannot take is a ValueError that names
+the layer, the argument, what was expected and what was given.
 """
 
 from layers import functional, models
@@ -26,6 +26,7 @@ from layers.activation import (
     Softmax,
     Tanh,
 )
+from layers.attention import LowRankAttention
 from layers.bottleneck import Bottleneck
 from layers.conv import (
     Conv1d,
@@ -104,6 +105,7 @@ __all__ = [
     "Inception",
     "KMaxOverTime",
     "LeakyReLU",
+    "LowRankAttention",
     "LowRankEmbedding",
     "LowRankLinear",
     "MaxPool1d",

@@ -42,7 +42,7 @@ class FactorizeConfig:
         mean: per channel on the scale of [0, 1], as in --mean 0.485 0.456 0.406; default: measured on the data
         std: likewise
         image_size: pixels a side, for image folders whose images differ in size
-        methods: what a layer may become, as in --methods svd spatial; of tucker2, svd and spatial; default: any
+        methods: what a layer may become, as in --methods svd spatial; and tucker2, attention; default: any
         protect: layers that stay as they are, as in --protect head "stem.*"
         calibration: images that are looked at, without labels: train or validation
         calibration_batches: how many batches of them, of at most 128 images

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from compress.cost import own_seconds, relative_latency
 from compress.errors import PruneError
 from compress.factorize.options import Layer, Option
 from compress.factorize.plan import FactorPlan
 from compress.factorize.selection import Choice, within_budget
-from compress.factorize.surgery import insert, without_values
-from compress.sites import Site
+from compress.factorize.surgery import insert, weight_of, without_values
 from compress.speed import meet_latency
 from compress.surgery import copied
 from compress.timing import seconds_of_layer
@@ -27,25 +26,41 @@ VECTOR = 8  # ranks above are multiples of it: what processors like
 NANO = 1e-9  # seconds: the unit of costs, which are whole numbers
 
 
-def timed(model: nn.Module, layers: Sequence[Layer], sites: Mapping[str, Site]) -> list[Layer]:
+class _OfItself(nn.Module):
+    """An attention as a layer of one input."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return output
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.attention.num_heads}, batch_first={self.attention.batch_first}"
+
+
+def timed(model: nn.Module, layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
     """The layers with what they and some of their options take, those options alone that are faster.
 
     Args:
-        sites: by the layers' names.
+        shapes: of what each layer reads; those of none (a table: looking up takes no time that a thin one could save)
+            are left out.
     """
     found = []
     for layer in layers:
-        if layer.name not in sites:  # a table: looking up takes no time that a thin one could save
+        if layer.name not in shapes:
             continue
-        owner, shape = model.get_submodule(layer.name), sites[layer.name].source.shape
-        weight = owner.get_parameter("weight")
+        owner, shape = model.get_submodule(layer.name), shapes[layer.name]
+        weight, attends = weight_of(owner), isinstance(owner, nn.MultiheadAttention)
         # a layer of torch.nn says by its repr what it is, which a user's own may not
         plain = without_values(owner, layer.factor(layer.options[0])).merge()
-        dense = round(seconds_of_layer(plain, shape, weight) / NANO)
+        dense = round(seconds_of_layer(_OfItself(plain) if attends else plain, shape, weight) / NANO)
         faster = []
         for option in _some(layer.options):
-            made = without_values(owner, layer.factor(option))
-            nanoseconds = round(seconds_of_layer(made, shape, weight) / NANO)
+            made: nn.Module = without_values(owner, layer.factor(option))
+            nanoseconds = round(seconds_of_layer(_OfItself(made) if attends else made, shape, weight) / NANO)
             if nanoseconds < dense:
                 faster.append(replace(option, latency=nanoseconds))
         found.append(replace(layer, latency=dense, options=tuple(faster)))

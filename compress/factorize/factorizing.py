@@ -6,14 +6,24 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from compress.budget import Budget
-from compress.calibration import Calibration, check_calibration, num_batches_of
+from compress.calibration import Calibration, batches, check_calibration, num_batches_of
 from compress.cost import Cost, cost_of, relative_latency
 from compress.curvature import output_curvature, weighed
 from compress.errors import BudgetError, PruneError
+from compress.factorize.attention import (
+    SAMPLES,
+    Attention,
+    MomentsCollector,
+    find_attentions,
+    losses,
+    moments_of,
+    written_out,
+)
 from compress.factorize.clock import timed, within_latency
 from compress.factorize.decompositions import SWEEPS
+from compress.factorize.heads import Heads
 from compress.factorize.means import centred, keep_means
-from compress.factorize.options import METHODS, Layer, Option, layers_of, table_layers
+from compress.factorize.options import METHODS, Layer, Option, attention_layers, layers_of, table_layers
 from compress.factorize.plan import FactorPlan
 from compress.factorize.replaceable import factorable, owner_of
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
@@ -30,6 +40,7 @@ from compress.sandbox import no_collections, on_meta, unwrapped
 from compress.sites import Key, Site, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
+from compress.trial import first_samples
 from compress.watch import gather
 
 GLANCE = 0.2  # seconds in which the latency that no budget asks for is measured
@@ -88,7 +99,8 @@ def factorize(
         energy: instead of a budget, the part of the second moment of its outputs that each layer keeps, in (0, 1); or
             "vbmf" for the ranks that :func:`compress.factorize.vbmf_rank` finds in each weight.
         methods: some of "tucker2" (1 x 1, k x k, 1 x 1; either 1 x 1 may be left out), "svd" (dense layers, 1 x 1
-            convolutions, embeddings) and "spatial" (k x 1 and 1 x k, or the other way round).
+            convolutions, embeddings), "spatial" (k x 1 and 1 x k, or the other way round) and "attention" (the products
+            of queries with keys, and of values with the outputs' weights, of :class:`torch.nn.MultiheadAttention`).
         calibration: batches of inputs, without labels; a DataLoader will do.
         recover: refit the new model from ``calibration``, without training: True, or names from
             :data:`compress.recover.METHODS`.
@@ -111,15 +123,18 @@ def factorize(
     before = cost_of(model, trace)
     sites, left = unprotected(model, trace, protect, example_inputs)
     tables, left = _tables(model, trace, left, methods, protect)
-    grams, counts = _gathered(model, trace, calibration, sites, list(tables), seed)
+    attentions, left = _attentions(model, trace, left, methods, protect, example_inputs)
+    grams, counts, pairs = _gathered(model, trace, calibration, sites, list(tables), attentions, seed)
     # where layers compete, errors count by what they cost the model's outputs
-    curvature = output_curvature(model, calibration, sites, tables, seed=seed) if budget is not None else {}
+    every = [known.site for known in grams.values()]
+    curvature = output_curvature(model, calibration, every, tables, seed=seed) if budget is not None else {}
     grams = weighed(grams, curvature)
     known = centred(grams) if budget is not None else grams
     inner_rank = vbmf_inner_rank if energy == "vbmf" else None
     layers, without = layers_of(model, sites, known, methods, inner_rank, refined=budget is not None)
     of_tables, more = table_layers(model, tables, counts, curvature)
-    layers, left = [*layers, *of_tables], left | without | more
+    of_attentions = _attention_layers(model, attentions, grams, pairs, calibration)
+    layers, left = [*layers, *of_tables, *of_attentions], left | without | more
     if not layers:
         raise PruneError(
             f"nothing can be factorised: {_reasons(left) or 'the model has no convolution or dense layer'}"
@@ -127,7 +142,8 @@ def factorize(
     latency = None
     if metric == "latency":
         assert budget is not None
-        layers = timed(model, layers, {owner_of(site): site for site in sites})
+        shapes = {owner_of(site): site.source.shape for site in sites}
+        layers = timed(model, layers, shapes | {name: each.source for name, each in attentions.items()})
         left |= {f"{layer.name}.weight": "it is faster as it is" for layer in layers if not layer.options}
         choice, latency = within_latency(model, example_inputs, layers, budget.fraction)
     elif budget is not None:
@@ -142,7 +158,7 @@ def factorize(
     after = cost_of(made, record(made, example_inputs, training=False))
     if latency is None:
         latency = relative_latency(made, model, example_inputs, seconds=GLANCE)
-    recovery, notes = None, [*trace.notes, *scarce(grams, choice)]
+    recovery, notes = None, [*trace.notes, *scarce(grams, choice), *_alone(trace, attentions, methods)]
     if chosen_recovery and plan.factors:
         recovery = recovered(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
@@ -192,18 +208,77 @@ def _tables(
     return free, {name: reason for name, reason in left.items() if name not in free} | others
 
 
+def _attentions(
+    model: nn.Module, trace: Trace, left: Mapping[str, str], methods: Sequence[str], protect: Sequence[str],
+    example_inputs: ExampleInputs,
+) -> tuple[dict[str, Attention], dict[str, str]]:  # fmt: skip
+    """The attentions that can be replaced and may be, and by parameter why anything is left."""
+    if "attention" not in methods:
+        return {}, dict(left)
+    found, others = find_attentions(model, trace, find_sites(trace), example_inputs)
+    whole = {name.rpartition(".")[0].removesuffix(".out_proj") for name in _matching(trace, protect)}
+    free = {name: each for name, each in found.items() if name not in whole}
+    mine = {name for name in left for module in free if name.startswith(f"{module}.")}
+    kept = {name: others.get(name, reason) for name, reason in left.items() if name not in mine}
+    return free, kept
+
+
+def _attention_layers(
+    model: nn.Module,
+    attentions: Mapping[str, Attention],
+    grams: Mapping[Key, GramSums],
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    calibration: Calibration,
+) -> list[Layer]:
+    if not attentions:
+        return []
+    heads = {}
+    for name, each in attentions.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.MultiheadAttention)
+        heads[name] = Heads.of(layer, moments_of(grams[each.site.key], pairs[name], each.num_heads))
+    (inputs,) = first_samples((inputs for inputs, _ in batches(calibration, model)), SAMPLES)
+    return attention_layers(model, attentions, heads, losses(model, heads, inputs))
+
+
+def _alone(trace: Trace, attentions: Mapping[str, Attention], methods: Sequence[str]) -> list[str]:
+    """A note where attention is none of :class:`torch.nn.MultiheadAttention`."""
+    others = [name for name in written_out(trace) if name not in attentions]
+    if "attention" not in methods or not others:
+        return []
+    return [
+        f"{len(others)} attentions ({others[0] or 'of the model itself'} ...) are no nn.MultiheadAttention, or left as "
+        "they are: their layers are factorised one by one, not by the products of queries with keys and of values"
+    ]
+
+
 def _matching(trace: Trace, protect: Sequence[str]) -> set[str]:
     return {name for pattern in protect for name in protected(pattern, trace.parameters)}
 
 
 def _gathered(
-    model: nn.Module, trace: Trace, calibration: Calibration, sites: Sequence[Site], tables: Sequence[str], seed: int
-) -> tuple[Mapping[Key, GramSums], Mapping[str, Tensor]]:
-    """What enters each site, and how often each token is looked up."""
-    collector = lambda: GramCollector(sites, num_batches_of(calibration), seed=seed)  # noqa: E731
-    grams, counts = gather(model, trace, calibration, [collector, lambda: TokenCounter(tables)])
+    model: nn.Module,
+    trace: Trace,
+    calibration: Calibration,
+    sites: Sequence[Site],
+    tables: Sequence[str],
+    attentions: Mapping[str, Attention],
+    seed: int,
+) -> tuple[Mapping[Key, GramSums], Mapping[str, Tensor], Mapping[str, tuple[Tensor, Tensor]]]:
+    """What enters each site, how often each token is looked up, and what meets in each attention."""
+    sites = [*sites, *(each.site for each in attentions.values())]
+    grams, counts, pairs = gather(
+        model,
+        trace,
+        calibration,
+        [
+            lambda: GramCollector(sites, num_batches_of(calibration), seed=seed),
+            lambda: TokenCounter(tables),
+            lambda: MomentsCollector(attentions.values()),
+        ],
+    )
     assert isinstance(grams, Grams)
-    return grams.sums, counts
+    return grams.sums, counts, pairs
 
 
 def built(

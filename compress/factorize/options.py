@@ -9,7 +9,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from compress.errors import PruneError
+from compress.factorize.attention import Attention
 from compress.factorize.decompositions import Grouped, Problem, Split
+from compress.factorize.heads import Heads
 from compress.factorize.plan import Factor
 from compress.factorize.replaceable import owner_of, settings_of
 from compress.factorize.surgery import SPLITS
@@ -19,7 +21,8 @@ from compress.gram import GramSums
 from compress.recorder import Op
 from compress.sites import Key, Site
 
-METHODS = ("tucker2", "svd", "spatial")
+METHODS = ("tucker2", "svd", "spatial", "attention")
+HEAD_RANKS = 32  # of scores and of values that an attention is looked at with
 INNER_RANKS = 8  # ranks of the inputs' side that Tucker-2 on both sides is tried with
 
 
@@ -48,7 +51,7 @@ class Layer:
     """
 
     name: str
-    problem: Problem | Table
+    problem: Problem | Table | Heads
     macs: int
     params: int
     energy: float
@@ -59,7 +62,7 @@ class Layer:
 
     def factor(self, option: Option) -> Factor:
         """The entry of a plan."""
-        shape = tuple(self.problem.weight.shape) if self.shape is None else self.shape
+        shape = tuple(self.problem.weight.shape) if self.shape is None else self.shape  # type: ignore[union-attr]
         return Factor(self.name, option.kind, option.ranks, option.first, shape, option.error, self.settings)
 
 
@@ -129,6 +132,34 @@ def table_layers(
         else:
             reasons[name] = "no factorisation is cheaper"
     return layers, reasons
+
+
+def attention_layers(
+    model: nn.Module,
+    attentions: Mapping[str, Attention],
+    heads: Mapping[str, Heads],
+    losses: Mapping[str, tuple[Tensor, Tensor]],
+) -> list[Layer]:
+    """The same of attentions: ranks of scores and of values, whose losses add up.
+
+    Args:
+        losses: at each rank of either, from :func:`compress.factorize.attention.losses`.
+    """
+    layers = []
+    for name, own in heads.items():
+        layer, attention, full = model.get_submodule(name), attentions[name], own.full_rank
+        assert isinstance(layer, nn.MultiheadAttention)
+        ranks = sorted({*np.linspace(1, full, min(full, HEAD_RANKS)).astype(int).tolist()})
+        scores, values = (loss.tolist() for loss in losses[name])
+        options = tuple(
+            Option("attention", (r, s), "", *attention.price(layer, (r, s)), scores[r] + values[s])
+            for r in ranks
+            for s in ranks
+            if (r, s) != (full, full)
+        )
+        cost = attention.price(layer, (full, full))
+        layers.append(Layer(name, own, *cost, own.total, options, tuple(layer.out_proj.weight.shape)))
+    return layers
 
 
 def problem_of(site: Site, parameter: Tensor, known: GramSums) -> Problem:

@@ -16,17 +16,20 @@ LAST = {
     "embedding": "expand",
     "tucker2": "expand",
     "spatial": "second",
+    "attention": "out_proj",
 }  # the child that gives the layer's outputs
+PAIRS = ("tucker2", "attention")  # kinds of two ranks
 
 
 @dataclass(frozen=True)
 class Factor:
     """The layer ``module``, of a weight with this ``shape``, becomes a layer of :mod:`layers.low_rank`.
 
-    ``kind`` is "linear", "embedding", "tucker2" or "spatial" (``first`` says which kernel comes first); ``ranks`` are
-    those of the inputs' and of the outputs' side for "tucker2" (None: no 1 x 1 convolution there), else one number,
-    each of all groups together. ``error`` is what the model's outputs lose on the calibration data, to first order, as
-    a part of their variance. ``settings`` are what a layer that is none of ``torch.nn`` does not tell: stride,
+    ``kind`` is "linear", "embedding", "tucker2", "spatial" (``first`` says which kernel comes first) or "attention";
+    ``ranks`` are those of the inputs' and of the outputs' side for "tucker2" (None: no 1 x 1 convolution there), those
+    of a head's scores and values for "attention" (``shape`` is then its last weight's), else one number, each of all
+    groups together. ``error`` is what the model's outputs lose on the calibration data, to first order, as a part of
+    their variance. ``settings`` are what a layer that is none of ``torch.nn`` does not tell: stride,
     padding, dilation and groups of a convolution, "transposed" of a matrix of shape (inputs, outputs).
     """
 
@@ -60,7 +63,8 @@ class FactorPlan:
     def origins(self) -> dict[str, str]:
         """Weights of the new model that give the outputs of a weight of the dense one, by name (tables have no inputs
         to refit them by)."""
-        return {f"{f.module}.{f.last}.weight": f"{f.module}.weight" for f in self.factors if f.kind != "embedding"}
+        weights = (f for f in self.factors if f.kind not in ("embedding", "attention"))  # (whose last keeps its name)
+        return {f"{f.module}.{f.last}.weight": f"{f.module}.weight" for f in weights}
 
     def carry_out(self, model: nn.Module, *, inplace: bool = False, empty: bool = False) -> nn.Module:
         """See :meth:`compress.plans.Plan.carry_out`: layers are factorised by their own weights alone."""
@@ -89,7 +93,7 @@ class FactorPlan:
 
 def _factor_from(data: Mapping[str, Any]) -> Factor:
     kind, ranks, first = data["kind"], data["ranks"], data["first"]
-    if kind not in LAST or not isinstance(ranks, list) or len(ranks) != (2 if kind == "tucker2" else 1):
+    if kind not in LAST or not isinstance(ranks, list) or len(ranks) != (2 if kind in PAIRS else 1):
         raise ValueError(f"kind {kind!r} with ranks {ranks!r} is unknown")
     if not all(type(rank) is int and rank > 0 for rank in ranks if rank is not None or kind != "tucker2"):
         raise ValueError(f"ranks {ranks!r} are not positive numbers")

@@ -7,7 +7,7 @@ exactly what the one does take its place, and the model must compute the same.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,25 +119,37 @@ def _is_plain(site: Site, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _failing(sites: Sequence[Site], model: nn.Module, example_inputs: ExampleInputs) -> dict[str, str]:
-    """The reasons of those that cannot be replaced, found by halving."""
+    """The reasons of those that cannot be replaced."""
     if not sites:
         return {}
     dense = _stirred(model, sites)
+    failed = failing(len(sites), lambda some: _doubled(dense, [sites[i] for i in some]), dense, example_inputs)
+    return {sites[i].parameter: _reason(sites[i], model, error) for i, error in failed.items()}
+
+
+def failing(
+    number: int, changed: Callable[[Sequence[int]], nn.Module], model: nn.Module, example_inputs: ExampleInputs
+) -> dict[int, str]:
+    """Which of ``number`` changes to ``model`` change what it computes, each with the error that it ends with, if any.
+
+    Args:
+        changed: a copy of the model with some of the changes.
+    """
     errors: dict[int, str] = {}
 
-    def holds(numbers: Sequence[int]) -> bool:
+    def holds(some: Sequence[int]) -> bool:
         try:
-            return same_outputs(dense, _doubled(dense, [sites[i] for i in numbers]), example_inputs)
+            return same_outputs(model, changed(some), example_inputs)
         except Exception as error:  # noqa: BLE001  whatever the model does with what it finds in the layer's place
-            errors.update({i: first_line(error) for i in numbers if len(numbers) == 1})
+            errors.update({i: first_line(error) for i in some if len(some) == 1})
             return False
 
-    failing: list[int] = []
-    rest = list(range(len(sites)))
+    found: list[int] = []
+    rest = list(range(number))
     while rest and not holds(rest):
-        failing += culprits(rest, holds)
-        rest = [i for i in rest if i not in failing]
-    return {sites[i].parameter: _reason(sites[i], model, errors.get(i, "")) for i in failing}
+        found += culprits(rest, holds)
+        rest = [i for i in rest if i not in found]
+    return {i: errors.get(i, "") for i in found}
 
 
 def _reason(site: Site, model: nn.Module, error: str) -> str:

@@ -8,19 +8,27 @@ from torch import Tensor, nn
 
 from compress.errors import PruneError
 from compress.factorize.decompositions import SWEEPS, Grouped, Problem, Split
+from compress.factorize.heads import Heads, made_of
 from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.tables import Table
 from compress.sandbox import unwrapped
+from layers.attention import LowRankAttention
 from layers.low_rank import LowRankEmbedding, LowRankLinear, SpatialConv, Tucker2Conv
 from layers.replacing import replace_modules
 
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LowRank = LowRankLinear | LowRankEmbedding | Tucker2Conv | SpatialConv
-KINDS: dict[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "embedding": (nn.Embedding,)}
+LowRank = LowRankLinear | LowRankEmbedding | Tucker2Conv | SpatialConv | LowRankAttention
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "linear": (nn.Linear,),
+    "embedding": (nn.Embedding,),
+    "attention": (nn.MultiheadAttention,),
+}
 SPLITS = {"vertical": Split((0,)), "horizontal": Split((1,))}
 
 
-def factors_of(problem: Problem | Table, factor: Factor, sweeps: int = SWEEPS) -> tuple[tuple[Tensor, ...], float]:
+def factors_of(
+    problem: Problem | Table | Heads, factor: Factor, sweeps: int = SWEEPS
+) -> tuple[tuple[Tensor, ...], float]:
     """The weights of the thin layers, in the order in which they run, and the error that they leave.
 
     Spatial kernels are refined by ``sweeps`` of alternating least squares.
@@ -31,6 +39,8 @@ def factors_of(problem: Problem | Table, factor: Factor, sweeps: int = SWEEPS) -
     try:
         if isinstance(problem, Table):
             return problem.factors(factor.ranks[0] or 0)
+        if isinstance(problem, Heads):
+            return problem.factors(factor.ranks), factor.error  # (that was measured)
         first, *_ = ranks = _of_a_group(factor, problem.groups)
         if factor.kind == "spatial":
             assert first is not None
@@ -84,6 +94,14 @@ def insert(
         given = factors_of(_white(layer, factor), factor)[0] if given is None else given
         made[layer] = _as(layer, _from_weights(layer, factor, given))
     replace_modules(model, made)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and _has_thin(module):
+            # both have a fused path that reads their layers' weights; these keep them from it
+            module.use_nested_tensor, module.activation_relu_or_gelu = False, 0
+
+
+def _has_thin(module: nn.Module) -> bool:
+    return any(isinstance(inner, LowRank) for inner in module.modules())
 
 
 def without_values(layer: Any, factor: Factor) -> LowRank:
@@ -120,7 +138,7 @@ def _checked(model: nn.Module, factor: Factor) -> Any:
             f"the plan replaces {factor.module!r}, which the model does not have: is it another class?"
         ) from None
     kinds = KINDS.get(factor.kind, DENSE[1:])
-    weight = getattr(layer, "weight", None)
+    weight = weight_of(layer)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
     if not (factor.settings or isinstance(layer, kinds)) or shape != factor.shape or not factor.module:
         raise PruneError(
@@ -130,8 +148,15 @@ def _checked(model: nn.Module, factor: Factor) -> Any:
     return layer
 
 
-def _white(layer: Any, factor: Factor) -> Problem | Table:
+def weight_of(layer: Any) -> Any:
+    """The one weight, or the last."""
+    return layer.out_proj.weight if isinstance(layer, nn.MultiheadAttention) else getattr(layer, "weight", None)
+
+
+def _white(layer: Any, factor: Factor) -> Problem | Table | Heads:
     """The layer's own weight, as if its inputs were white."""
+    if factor.kind == "attention":
+        return Heads.of(layer)
     if factor.kind == "embedding":
         return Table.of(layer.weight)
     weight = layer.weight.T if factor.settings.get("transposed") else layer.weight
@@ -139,6 +164,8 @@ def _white(layer: Any, factor: Factor) -> Problem | Table:
 
 
 def _from_weights(layer: Any, factor: Factor, weights: Sequence[Tensor]) -> LowRank:
+    if factor.kind == "attention":
+        return made_of(layer, weights)
     cast = [w.to(layer.weight) for w in weights]
     if factor.kind == "embedding":
         return LowRankEmbedding.from_factors(cast[0], cast[1], padding_idx=layer.padding_idx)
@@ -161,6 +188,8 @@ def _from_weights(layer: Any, factor: Factor, weights: Sequence[Tensor]) -> LowR
 def _by_size(layer: Any, factor: Factor) -> LowRank:
     """Parameters without values that matter."""
     rank = factor.ranks[0] or 0
+    if factor.kind == "attention":
+        return LowRankAttention.from_dense(layer, (rank, factor.ranks[1] or 0))
     if factor.kind == "embedding":
         return LowRankEmbedding(*factor.shape, rank, padding_idx=layer.padding_idx)  # type: ignore[misc]
     bias = layer.bias is not None
@@ -189,5 +218,5 @@ def _padding(layer: Any) -> tuple[int, ...]:
 
 def _as(layer: Any, made: LowRank) -> LowRank:
     """On the device, in the dtype and in the mode of ``layer``, and trainable as it is."""
-    made = made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
-    return made.requires_grad_(layer.weight.requires_grad)
+    weight = weight_of(layer)
+    return made.to(weight.device, weight.dtype).train(layer.training).requires_grad_(weight.requires_grad)

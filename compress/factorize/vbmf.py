@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.errors import PruneError
 from compress.factorize.decompositions import Problem
+from compress.factorize.heads import Heads
 from compress.factorize.options import Layer
 from compress.factorize.selection import Choice
 from compress.factorize.tables import Table
@@ -65,6 +66,8 @@ def by_vbmf(layers: Sequence[Layer]) -> Choice:
     """Each layer by itself: the cheapest of its kinds of factorisation at the ranks of its weight's unfoldings."""
     chosen = {}
     for layer in layers:
+        if isinstance(layer.problem, Heads):
+            continue  # no unfolding of one weight
         known: dict[tuple[str, str], tuple[int | None, ...]] = {}
         for kind, first in {(option.kind, option.first) for option in layer.options}:
             known[kind, first] = _ranks(layer.problem, kind, first)

@@ -16,7 +16,7 @@ from compress.errors import PruneError
 from compress.plan import PrunePlan
 from compress.recover.batch_norm import reestimate_batch_norm, statistics
 from compress.recover.layer import LayerError
-from compress.recover.least_squares import refit
+from compress.recover.least_squares import Count, refit
 from compress.sites import Site
 from compress.trial import Trial
 
@@ -64,6 +64,7 @@ def recover(
     seed: int = 0,
     origins: Mapping[str, str] | None = None,
     num_held_out: int = 1,
+    count: Count | None = None,
 ) -> Recovery:
     """Improve ``model``, which ``plan`` made of ``dense``, in place.
 
@@ -72,6 +73,7 @@ def recover(
         methods: some of :data:`METHODS`.
         num_held_out: how many of the last batches only tell what helps, where there are more.
         origins: weights of ``model`` that give what another weight of ``dense`` gave, by name, where names differ.
+        count: what squared errors count of the layer with a parameter on a batch, by its number; all alike if None.
 
     Raises:
         CalibrationError: the data do not fit, or give activations that are not finite.
@@ -90,7 +92,7 @@ def recover(
 
     if {"bias", "least_squares", "last_layer"} & set(methods):
         kept = {name: value.clone() for name, value in model.state_dict().items()}
-        layers = refit(model, dense, plan, fitted, choose, seed=seed, origins=origins or {})
+        layers = refit(model, dense, plan, fitted, choose, seed=seed, origins=origins or {}, count=count)
         if trial.error(model) > before:
             model.load_state_dict(kept)
             layers = []

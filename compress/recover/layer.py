@@ -37,7 +37,7 @@ class Layer:
     """A site of the pruned model in ``pairs``, which have stopped there, and what goes with it.
 
     ``kept`` are the outputs of the dense model's layer that the pruned one has; ``tensors`` are the pruned model's, by
-    name.
+    name; ``counts`` is what squared errors of each batch count, all alike if empty.
     """
 
     pairs: Sequence[Pair]
@@ -46,6 +46,7 @@ class Layer:
     kept: Tensor
     tensors: Mapping[str, Tensor]
     generator: torch.Generator
+    counts: Sequence[float] = ()
 
     @property
     def weights(self) -> Weights:
@@ -64,6 +65,7 @@ class Layer:
         total = sum(pair.small.sites[self.key].num_rows(pair.small.source(self.key)) for pair in self.pairs)
         share = min(1.0, _num_rows(site.num_inputs) / max(total, 1))
         rows = [self._rows(pair, share, weights.shift if weights.constant else None) for pair in self.pairs]
+        rows = [part.counting(count) for part, count in zip(rows, self.counts, strict=True)] if self.counts else rows
         free = weights.shift is not None
         regression = Regression(site.matrix(weights.weight).double().cpu(), rows, free=free)
         least = CAUTIOUS if regression.scarce else 0.0

@@ -26,6 +26,8 @@ from compress.sandbox import quick_operators, untouched, visible_operators
 from compress.sites import Key, Site
 from compress.trace import ExampleInputs
 
+Count = Callable[[str, int], float]
+
 
 def refit(
     model: nn.Module,
@@ -36,6 +38,7 @@ def refit(
     *,
     seed: int = 0,
     origins: Mapping[str, str] | None = None,
+    count: Count | None = None,
 ) -> list[LayerError]:
     """Refit the layers of ``model``, which ``plan`` made of ``dense``, in place.
 
@@ -45,6 +48,7 @@ def refit(
         inputs: batches of the models' inputs.
         choose: which of the methods "bias" and "least_squares" may be used for a site, given the outputs' references.
         origins: the weight of ``dense`` whose outputs a weight of ``model`` gives, where its name differs.
+        count: what squared errors count of the layer with a parameter on a batch, by its number; 1 where None.
 
     Raises:
         CalibrationError: activations are not finite, or the operators depend on the data.
@@ -77,7 +81,8 @@ def refit(
                 if methods and _suitable(pairs, key, tensors[key[0]]):
                     name = pairs[0].large.sites[key].parameter
                     kept = pairs[0].large.sites[key].kept_outputs(removed.get(name, ()), shapes[name])
-                    layer = Layer(pairs, key, lands[key], torch.from_numpy(kept), tensors, generator)
+                    counts = [] if count is None else [count(key[0], number) for number in range(len(pairs))]
+                    layer = Layer(pairs, key, lands[key], torch.from_numpy(kept), tensors, generator, counts)
                     for pair in pairs:
                         pair.small.check(key)
                     with quick_operators():

@@ -1,7 +1,7 @@
 """Ridge regression of a layer's outputs on its inputs, from sums over rows; what is best is chosen on held-out rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ class Rows:
     def of(inputs: Tensor, targets: Targets) -> "Rows":
         """From inputs (g, R, D)."""
         return Rows(with_ones(inputs), targets)
+
+    def counting(self, weight: float) -> "Rows":
+        """Rows whose squared errors count ``weight`` times."""
+        factor = weight**0.5
+        targets, zero = self.targets, self.targets.zero
+        scaled = replace(targets, values=targets.values * factor, zero=None if zero is None else zero * factor)
+        return self if weight == 1 else Rows(self.inputs * factor, scaled)
 
     def part(self, *, held_out: bool) -> "Rows":
         """The last rows, which no solution sees, or the others."""

@@ -12,8 +12,9 @@ from compress.balance import balance
 from compress.channels import ChannelGraph
 from compress.combine import combined, largest, mean, weighted
 from compress.gradients import collect_gradients
+from compress.recover import recover
 from compress.removal import by_score
-from compress.tasks import ByTask, View, is_by_task, reach_of, views_of, whole
+from compress.tasks import OTHERS, ByTask, View, counts_of, is_by_task, reach_of, views_of, whole
 from tests.compress.helpers import lively
 
 
@@ -94,6 +95,40 @@ def test_batches_of_all_tasks_take_turns_and_the_last_ones_come_last() -> None:
     mixed = ByTask({"a": ["a1", "a2", "a3", "a4"], "b": ["b1", "b2"]})
     assert list(mixed) == list(mixed) == ["a1", "a2", "b1", "a3", "a4", "b2"]
     assert len(mixed) == 6
+
+
+def test_whose_each_batch_is_and_what_it_counts_for_layers_of_all_and_of_one(graph: ChannelGraph) -> None:
+    own = {"a": inputs(5), "b": inputs(2, seed=9)}
+    data, views = ByTask(own), views_of(graph.trace, own, None)
+    for task, batch in zip(data.tasks, data, strict=True):
+        assert any(batch is each for each in own[task])
+    count = counts_of(views, data, np.array([0.8, 0.2]))
+    alike = counts_of(views, data, None)
+    for number, task in enumerate(data.tasks):
+        assert count("trunk.weight", number) == pytest.approx({"a": 1.6, "b": 0.4}[task])
+        assert alike("trunk.weight", number) == 1
+        for head in ("a.weight", "b.0.weight"):
+            assert count(head, number) == (1 if head.startswith(task) else OTHERS)
+
+
+def test_a_head_is_refitted_to_data_of_its_task() -> None:
+    """The tasks see data that nobody can serve with one linear map: the trunk's lost channels had told them apart."""
+    dense, generator = two(), torch.Generator().manual_seed(3)
+    mixings = {task: torch.randn(6, 6, dtype=torch.float64, generator=generator) for task in "ab"}
+    own = {
+        task: [torch.randn(64, 6, dtype=torch.float64, generator=generator) @ mixing for _ in range(4)]
+        for task, mixing in mixings.items()
+    }
+    options = {"budget": Budget(channels=0.5), "criterion": "l2", "combine": "mean", "calibration": own}
+    found = compress.prune(dense, own["a"][0], recover=True, **options)
+    alike = compress.apply(dense, found.plan)
+    recover(alike, dense, found.plan, ByTask(own), num_held_out=1)
+    errors = []
+    for model in (found.model, alike):
+        with torch.no_grad():
+            pairs = [(model(x)[task], dense(x)[task]) for task, batches in own.items() for x in batches]
+        errors.append(sum(float((y - z).square().sum() / (z - z.mean(0)).square().sum()) for y, z in pairs))
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_gradients_of_a_task_are_those_of_a_model_that_gives_it_alone() -> None:

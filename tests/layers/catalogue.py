@@ -101,7 +101,7 @@ EXAMPLES: dict[str, Example] = {
     "Tucker2Conv": Example(lambda: layers.Tucker2Conv(6, 8, (3, 3), (5, 6), padding=1), T2),
 }
 # What is no block: functions, data, losses (which stand behind a model, not in it), and the networks of layers.models.
-OTHERS = {"ACTIVATIONS", "BinaryLoss", "ConvStep", "LowRankEmbedding", "MultiClassLoss", "PoolStep", "RegressionLoss",
-          "fold_batch_norm", "functional", "memory_efficient", "models", "optimize_for_inference",
+OTHERS = {"ACTIVATIONS", "BinaryLoss", "ConvStep", "LowRankAttention", "LowRankEmbedding", "MultiClassLoss", "PoolStep",
+          "RegressionLoss", "fold_batch_norm", "functional", "memory_efficient", "models", "optimize_for_inference",
           "optimize_for_training", "padding_mask",
           "projection", "recompute_cheap"}  # fmt: skip

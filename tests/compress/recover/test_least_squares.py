@@ -146,6 +146,26 @@ def test_methods_by_name(methods) -> None:
         assert layer.method == "" or (layer.method == "bias" and "bias" in allowed) or "least_squares" in allowed
 
 
+def test_a_batch_that_counts_as_four_is_as_if_it_were_there_four_times() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).double().eval()
+    first, second, last = (torch.randn(200, 6, dtype=torch.float64) for _ in range(3))
+    plan = compress.prune(dense, first[:1], budget=compress.Budget(channels=0.6)).plan
+    found = {}
+    for name, data, count in (
+        ("counted", [first, second, last], lambda parameter, batch: 4.0 if batch == 0 else 1.0),
+        ("repeated", [first, first, first, first, second, last], None),
+        ("alike", [first, second, last], lambda parameter, batch: 1.0),
+        ("plain", [first, second, last], None),
+    ):
+        found[name] = compress.apply(dense, plan)
+        recover(found[name], dense, plan, data, ["least_squares"], count=count)
+    weights = {name: torch.cat([p.detach().flatten() for p in model.parameters()]) for name, model in found.items()}
+    torch.testing.assert_close(weights["counted"], weights["repeated"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(weights["alike"], weights["plain"], rtol=0, atol=0)
+    assert (weights["counted"] - weights["plain"]).abs().max() > 1e-4
+
+
 def test_a_method_that_does_not_exist() -> None:
     x = image(5, 3, 9, 7)
     with pytest.raises(compress.PruneError, match="recover='magic' is unknown: choose among bias, least_squares"):
