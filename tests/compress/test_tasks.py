@@ -213,7 +213,8 @@ def test_a_quiet_task_is_not_sacrificed_to_a_loud_one(criterion: str) -> None:
     before, after = loss_by_task(model, mixed.model), loss_by_task(model, found.model)
     assert found.task_losses == pytest.approx(after)
     assert found.after.macs <= 1.001 * mixed.after.macs
-    assert max(after.values()) <= max(before.values()) * (0.7 if criterion != "mean_activation" else 1.0)
+    fair = criterion in ("mean_activation", "reconstruction")  # also mixed: outputs count by their own variance
+    assert max(after.values()) <= max(before.values()) * (1.0 if fair else 0.7)
 
 
 def test_data_of_each_task_decide_for_it() -> None:
