@@ -4,9 +4,10 @@ Claim: ResNet-20 (91.73 % on CIFAR-10) at 2.0 x fewer MACs after 10 epochs in al
 the best of Torch-Pruning. Neither the checkpoint nor the images are part of prunus: name them by flags.
 
 Ours: all channels go at once by ``reconstruction`` with recovery, since a repaired model needs no rounds; every epoch
-then goes into one cosine, with the dense model as a teacher (``shrink``: the same with ``compress.shrink``); of the channels between the stages too, if
-``--feature-weight`` says so (for ResNet-20 that changed nothing: 90.5 % with, 90.6 % without, seed 0). The peer prunes
-in steps of MACs with an epoch of training after each, and has what is left of the epochs after the last.
+then goes into one cosine, with the dense model as a teacher; of the channels between the stages too, if
+``--feature-weight`` says so (for ResNet-20 that changed nothing: 90.5 % with, 90.6 % without, seed 0). ``shrink`` is the
+same with ``compress.shrink``. The peer prunes in steps of MACs with an epoch of training after each, and has what is
+left of the epochs after the last.
 Batches, augmentation, optimiser, learning rate and schedule are the same for all. ``METHOD+distill`` gives the peer our
 teacher of the outputs too: what the pruning alone is worth.
 
