@@ -26,6 +26,7 @@ JITTER = (1e-14, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)  # of the mean diagonal: the le
 SWEEPS = 3  # of alternating least squares
 STEPS = 10  # of conjugate gradients in each of them
 REFINED_RANKS = 4  # at which one of these sweeps tells what they gain at others
+REFINED_GROUPS = 4  # of a grouped convolution: they tell what sweeps gain in the others
 MAX_REFINED = 1200  # inputs: of larger layers sweeps take long, and gain little
 LEAST_SIZE = 1e-5  # of the largest: smaller rows are not scaled up to 1, which would make noise of rounding
 RIDGE = 0.1  # of the mean diagonal of a metric: errors that cost nothing are not small any more, and then they do
@@ -311,7 +312,9 @@ class Grouped:
         if self._each[0].num_inputs > MAX_REFINED:
             return self.errors
         ranks = sorted({max(int(rank), 1) for rank in np.linspace(0, full, REFINED_RANKS + 2)[1:-1]})
-        parts = [sum(e.factors(r, sweeps=1)[2] for e in self._each) / max(float(self.errors[r]), 1e-300) for r in ranks]
+        some = self._each[:: math.ceil(len(self._each) / REFINED_GROUPS)]
+        lost = [(sum(e.factors(r, sweeps=1)[2] for e in some), sum(float(e.errors[r]) for e in some)) for r in ranks]
+        parts = [after / max(before, 1e-300) for after, before in lost]
         part = np.interp(np.arange(full + 1), ranks, np.minimum(parts, 1.0))
         return self.errors * torch.from_numpy(part)
 
