@@ -23,6 +23,7 @@ from mtl.metrics import delta_m
 from mtl.options import FitOptions
 from mtl.seeding import preserved_rng
 from mtl.sharing import Coupling, HardShared, L2Coupling, SoftShared, TraceNorm
+from mtl.sharing.private import Pattern, patterns_after
 from mtl.task import Direction, Task, check_tasks
 from mtl.trainer import fit
 from mtl.weighting import Weighting, resolve
@@ -178,8 +179,9 @@ def compare(
         data: as in ``mtl.fit``: one data set with all labels, or one per task
         methods: ``Method``, or names that build their models from ``trunk`` and ``head``: "single" (a model per task,
             trained alone), "hard" (one trunk), "hard:WEIGHTING", "private norms" (one trunk with batch norms of each
-            task's own), "soft:l2" and "soft:trace_norm" (a model per task, coupled at strength 1e-3; "soft:l2:0.1": at
-            0.1)
+            task's own), "first layers" (one trunk of which the first half of the layers is shared; "first layers:2":
+            the first two convolutions or the like, with their norms), "soft:l2" and "soft:trace_norm" (a model per
+            task, coupled at strength 1e-3; "soft:l2:0.1": at 0.1)
         test: to report on; in the form of the data
         trunk: makes a trunk
         head: makes the head of a task, which reads the trunk's output
@@ -267,8 +269,9 @@ def standard_method(
     if trunk is None or head is None:
         raise ValueError(f"method {name!r} builds its models from trunk= and head=: give both, or a mtl.Method")
 
-    def hard(tasks: Sequence[Task], **sharing: Any) -> nn.Module:
-        return HardShared(trunk(), {task.name: head(task) for task in tasks}, **sharing)
+    def hard(tasks: Sequence[Task], private: Callable[[nn.Module], Sequence[Pattern]] = lambda _: ()) -> nn.Module:
+        made = trunk()
+        return HardShared(made, {task.name: head(task) for task in tasks}, private=private(made))
 
     def soft(tasks: Sequence[Task], coupling: Any) -> nn.Module:
         return SoftShared(lambda task: nn.Sequential(trunk(), head(task)), tasks, coupling)
@@ -281,13 +284,18 @@ def standard_method(
             resolve(chosen, [])  # an unknown name is said before anything is trained
             return Method(name, hard, weighting=chosen)
         case ["private norms"]:
-            return Method(name, partial(hard, private=(nn.modules.batchnorm._BatchNorm,)))
+            return Method(name, partial(hard, private=lambda _: (nn.modules.batchnorm._BatchNorm,)))
+        case ["first layers", *number] if len(number) <= 1 and all(each.isdecimal() for each in number):
+            private = partial(patterns_after, num_layers=int(number[0]) if number else None)
+            with preserved_rng():
+                private(trunk())  # a depth that the trunk has not is said before anything is trained
+            return Method(name, partial(hard, private=private))
         case ["soft", kind, *strength] if kind in _COUPLINGS and len(strength) <= 1:
             coupling = _COUPLINGS[kind](float(strength[0]) if strength else _STRENGTH)
             return Method(name, partial(soft, coupling=coupling))
     raise ValueError(
-        f"unknown method {name!r}: use single, hard, hard:WEIGHTING, private norms, soft:l2, soft:trace_norm, or a "
-        "mtl.Method"
+        f"unknown method {name!r}: use single, hard, hard:WEIGHTING, private norms, first layers, first layers:NUMBER, "
+        "soft:l2, soft:trace_norm, or a mtl.Method"
     )
 
 

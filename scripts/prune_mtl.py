@@ -39,8 +39,8 @@ class PruneMtlConfig:
     Args:
         data: of the tasks, as for prunus train-mtl
         budget: what fraction of the dense model to keep: one of --budget.macs .params .channels .latency, in (0, 1]
-        method: how the tasks share, as for prunus train-mtl: hard, hard:WEIGHTING, "private norms", soft:l2 or
-            soft:trace_norm (:STRENGTH)
+        method: how the tasks share, as for prunus train-mtl: hard, hard:WEIGHTING, "private norms", "first layers" (:NUMBER),
+            soft:l2 or soft:trace_norm (:STRENGTH)
         checkpoint: weights to start from (.pt .pth .th .safetensors); without, the model is trained first
         collapse: of a soft-shared model: before pruning, keep this part of the differences between tasks, in (0, 1]
         trunk: layers:NAME, torchvision:NAME, timm:NAME or FILE.py:FACTORY; default: by the data
@@ -176,7 +176,9 @@ def _model(config: PruneMtlConfig, data: Data, tasks: Sequence[Task]) -> nn.Modu
     trunk, head = builders(data, config.trunk, config.width)
     method = standard_method(config.method, trunk, head)
     if method.apart:
-        raise ValueError(f"--method is {config.method}, which shares nothing: give hard, private norms or soft:...")
+        raise ValueError(
+            f"--method is {config.method}, which shares nothing: give hard, private norms, first layers or soft:..."
+        )
     seed_everything(config.seed)
     model = method.build(tasks)
     if config.checkpoint is not None:

@@ -7,6 +7,7 @@ from scipy import stats
 from torch import nn
 
 from mtl import Comparison, FitOptions, HardShared, Method, Task, compare, evaluate, fit
+from mtl.comparison import standard_method
 from mtl.data import TensorLoader
 
 TASKS = [Task.classification("a"), Task.regression("b")]
@@ -63,6 +64,26 @@ def test_every_method_is_trained_with_every_seed_on_its_tasks(tmp_path: Path) ->
             assert again.metrics[method][task] == pytest.approx(values)
 
 
+def test_first_layers_are_one_for_all_tasks_and_later_ones_each_tasks_own() -> None:
+    def deep() -> nn.Module:
+        return nn.Sequential(trunk(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8))
+
+    trained = {}
+    for name in ("first layers", "first layers:2"):
+        method = standard_method(name, deep, head)
+        model = method.build(TASKS)
+        assert isinstance(model, HardShared)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        fit(model, TASKS, data(), 1, options=OPTIONS)
+        assert all((before[key] != value).any() for key, value in model.state_dict().items() if "weight" in key)
+        trained[name] = sum(parameter.numel() for parameter in model.parameters())
+    first, second, third, heads = 4 * 8 + 8 + 16, 8 * 8 + 8 + 16, 8 * 8 + 8, 8 * 3 + 3
+    assert trained == {
+        "first layers": first + 2 * (second + third) + heads,  # one of three layers
+        "first layers:2": first + second + 2 * third + heads,
+    }
+
+
 def test_tasks_with_data_of_their_own_are_trained_apart_on_theirs() -> None:
     both = data()
     assert isinstance(both.targets, dict)
@@ -116,6 +137,8 @@ def test_many_tasks_have_a_table_of_their_own() -> None:
         (["hard", "hard"], "each with a name of its own"),
         (["hrad"], "unknown method 'hrad'"),
         (["hard:hard"], "unknown weighting 'hard'"),
+        (["first layers:two"], "unknown method 'first layers:two'"),
+        (["first layers:1"], "1 first layers are to be shared, but the trunk has 1"),
     ],
 )
 def test_bad_methods_are_refused(methods: list[str], message: str) -> None:
