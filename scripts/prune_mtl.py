@@ -39,8 +39,8 @@ class PruneMtlConfig:
     Args:
         data: of the tasks, as for prunus train-mtl
         budget: what fraction of the dense model to keep: one of --budget.macs .params .channels .latency, in (0, 1]
-        method: how the tasks share, as for prunus train-mtl: hard, hard:WEIGHTING, "private norms", "first layers" (:NUMBER),
-            soft:l2 or soft:trace_norm (:STRENGTH)
+        method: how the tasks share, as for prunus train-mtl: hard, hard:WEIGHTING, "private norms", "first layers"
+            (:NUMBER), soft:l2 or soft:trace_norm (:STRENGTH)
         checkpoint: weights to start from (.pt .pth .th .safetensors); without, the model is trained first
         collapse: of a soft-shared model: before pruning, keep this part of the differences between tasks, in (0, 1]
         trunk: layers:NAME, torchvision:NAME, timm:NAME or FILE.py:FACTORY; default: by the data
