@@ -29,6 +29,7 @@ from mtl.trainer import fit
 from mtl.weighting import Weighting, resolve
 
 _STRENGTH = 1e-3
+_TOGETHER = 0.7
 _COUPLINGS: dict[str, Callable[[float], Coupling]] = {"l2": L2Coupling, "trace_norm": TraceNorm}
 _COLUMNS = 8  # more tasks than that are not columns
 _ARROWS = {"max": "↑", "min": "↓"}
@@ -44,6 +45,8 @@ class Method:
         apart: whether each task is trained alone, with a model of its own: ``build`` then gets one task at a time
         weighting: as in ``mtl.fit``
         options: instead of those of all methods
+        then: makes of the trained model the one that is trained for the rest of the epochs; None: there is no rest
+        part: of the epochs that are before that, in [0, 1]
     """
 
     name: str
@@ -51,6 +54,12 @@ class Method:
     apart: bool = False
     weighting: str | Mapping[str, float] | Weighting = "equal"
     options: FitOptions | None = None
+    then: Callable[[nn.Module], nn.Module] | None = None
+    part: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.part <= 1:
+            raise ValueError(f"method {self.name!r}: part is {self.part}, but it must be in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -238,16 +247,14 @@ def _run(
     with preserved_rng():
         torch.manual_seed(options.seed)
         model = method.build(tasks)
-        fit(
-            model,
-            tasks,
-            data,
-            epochs,
-            weighting=method.weighting,
-            validation=validation,
-            folder=folder,
-            options=options,
-        )
+        train = partial(fit, weighting=method.weighting, validation=validation, options=options)
+        if method.then is None:
+            train(model, tasks, data, epochs, folder=folder)
+        else:
+            first = round(method.part * epochs)
+            train(model, tasks, data, first, folder=folder and folder / "first")
+            model = method.then(model)
+            train(model, tasks, data, epochs - first, folder=folder and folder / "then")
         return evaluate(model, tasks, test), sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -290,13 +297,22 @@ def standard_method(
             with preserved_rng():
                 private(trunk())  # a depth that the trunk has not is said before anything is trained
             return Method(name, partial(hard, private=private))
+        case ["hard then apart", *part] if len(part) <= 1:
+            return Method(name, hard, then=_apart, part=float(part[0]) if part else _TOGETHER)
         case ["soft", kind, *strength] if kind in _COUPLINGS and len(strength) <= 1:
             coupling = _COUPLINGS[kind](float(strength[0]) if strength else _STRENGTH)
             return Method(name, partial(soft, coupling=coupling))
     raise ValueError(
         f"unknown method {name!r}: use single, hard, hard:WEIGHTING, private norms, first layers, first layers:NUMBER, "
-        "soft:l2, soft:trace_norm, or a mtl.Method"
+        "hard then apart, hard then apart:PART, soft:l2, soft:trace_norm, or a mtl.Method"
     )
+
+
+def _apart(model: nn.Module) -> nn.Module:
+    """A trunk of its own for each task, which starts as the one of all."""
+    assert isinstance(model, HardShared)
+    assert model.trunk is not None
+    return HardShared(model.trunk, model.heads, private=("*",))
 
 
 def _text(table: Table, columns: int) -> str:

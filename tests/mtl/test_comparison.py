@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -84,6 +85,23 @@ def test_first_layers_are_one_for_all_tasks_and_later_ones_each_tasks_own() -> N
     }
 
 
+def test_one_trunk_and_then_a_copy_for_each_task(tmp_path: Path) -> None:
+    found = compare(
+        TASKS, data(), "hard then apart:0.3", test=data(1), trunk=trunk, head=head, seeds=[4], epochs=3,
+        options=OPTIONS, folder=tmp_path,
+    )  # fmt: skip
+    options = replace(OPTIONS, seed=4)
+    torch.manual_seed(4)
+    model = HardShared(trunk(), {task.name: head(task) for task in TASKS})
+    fit(model, TASKS, data(), 1, options=options)
+    assert model.trunk is not None
+    alone = HardShared(model.trunk, model.heads, private=("*",))
+    assert sum(p.numel() for p in alone.parameters()) == found.parameters["hard then apart:0.3"]
+    fit(alone, TASKS, data(), 2, options=options)
+    for task, value in evaluate(alone, TASKS, data(1)).items():
+        assert found.metrics["hard then apart:0.3"][task] == [pytest.approx(value)]
+
+
 def test_tasks_with_data_of_their_own_are_trained_apart_on_theirs() -> None:
     both = data()
     assert isinstance(both.targets, dict)
@@ -137,6 +155,7 @@ def test_many_tasks_have_a_table_of_their_own() -> None:
         (["hard", "hard"], "each with a name of its own"),
         (["hrad"], "unknown method 'hrad'"),
         (["hard:hard"], "unknown weighting 'hard'"),
+        (["hard then apart:2"], r"part is 2.0, but it must be in \[0, 1\]"),
         (["first layers:two"], "unknown method 'first layers:two'"),
         (["first layers:1"], "1 first layers are to be shared, but the trunk has 1"),
     ],
