@@ -60,10 +60,10 @@ class Recipe:
     """How an arm is trained; ``augmentation`` scales shift, rotation, zoom and shear alike, ``sharing`` the factors of
     union softmax and coupling."""
 
-    steps: int = 400
+    steps: int = 600
     lr: float = 1e-2
-    weight_decay: float = 0.05
-    augmentation: float = 1.3
+    weight_decay: float = 0.5
+    augmentation: float = 2.0
     sharing: float = 1.0
 
 
