@@ -189,8 +189,9 @@ def compare(
         methods: ``Method``, or names that build their models from ``trunk`` and ``head``: "single" (a model per task,
             trained alone), "hard" (one trunk), "hard:WEIGHTING", "private norms" (one trunk with batch norms of each
             task's own), "first layers" (one trunk of which the first half of the layers is shared; "first layers:2":
-            the first two convolutions or the like, with their norms), "soft:l2" and "soft:trace_norm" (a model per
-            task, coupled at strength 1e-3; "soft:l2:0.1": at 0.1)
+            the first two convolutions or the like, with their norms), "hard then apart" (one trunk for 70 % of the
+            epochs, then a copy of it for each task; "hard then apart:0.5": for half), "soft:l2" and "soft:trace_norm"
+            (a model per task, coupled at strength 1e-3; "soft:l2:0.1": at 0.1)
         test: to report on; in the form of the data
         trunk: makes a trunk
         head: makes the head of a task, which reads the trunk's output

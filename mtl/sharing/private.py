@@ -56,16 +56,16 @@ def patterns_after(module: nn.Module, num_layers: int | None = None) -> list[str
         >>> patterns_after(trunk, 1)
         ['3.weight']
     """
-    layer_of: dict[str, int] = {}
+    layer_of: dict[str, int] = {}  # by the path of the module
     number = 0
     for path, part in module.named_modules():
         number += any(parameter.dim() > 1 for parameter in part.parameters(recurse=False))
-        for name, _ in (*part.named_parameters(path, recurse=False), *part.named_buffers(path, recurse=False)):
-            layer_of[name] = number
+        layer_of[path] = number
     wanted = number // 2 if num_layers is None else num_layers
     if not 1 <= wanted < number:
         raise ValueError(f"{wanted} first layers are to be shared, but the trunk has {number}: share 1 to {number - 1}")
-    return [glob.escape(name) for name, layer in layer_of.items() if layer > wanted]
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return [glob.escape(name) for name in names if layer_of[name.rpartition(".")[0]] > wanted]
 
 
 def own_copy(module: nn.Module, patterns: Sequence[Pattern]) -> nn.Module:

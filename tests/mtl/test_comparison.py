@@ -85,6 +85,20 @@ def test_first_layers_are_one_for_all_tasks_and_later_ones_each_tasks_own() -> N
     }
 
 
+def test_tied_weights_behind_the_first_layers_are_private_too() -> None:
+    def tied() -> nn.Module:
+        layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+        layers[2].weight = layers[1].weight
+        return layers
+
+    model = standard_method("first layers", tied, head).build(TASKS)
+    assert isinstance(model, HardShared)
+    assert {name for name, _ in model.stem.named_parameters()} == {"0.weight", "0.bias"}  # type: ignore[union-attr]
+    first, second = model.trunks.values()  # type: ignore[union-attr]
+    assert first[0].weight is first[1].weight
+    assert first[0].weight is not second[0].weight
+
+
 def test_one_trunk_and_then_a_copy_for_each_task(tmp_path: Path) -> None:
     found = compare(
         TASKS, data(), "hard then apart:0.3", test=data(1), trunk=trunk, head=head, seeds=[4], epochs=3,
