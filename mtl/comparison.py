@@ -313,7 +313,7 @@ def _apart(model: nn.Module) -> nn.Module:
     """A trunk of its own for each task, which starts as the one of all."""
     assert isinstance(model, HardShared)
     assert model.trunk is not None
-    return HardShared(model.trunk, model.heads, private=("*",))
+    return HardShared(model.trunk, dict(model.heads.items()), private=("*",))
 
 
 def _text(table: Table, columns: int) -> str:
