@@ -40,6 +40,9 @@ def table(results: Path) -> str:
         ("bench_retrain_gpu", _retrain),
         ("bench_school", _school),
         ("bench_omniglot", _omniglot),
+        ("bench_mtl_step", _mtl_step),
+        ("bench_soft_sharing", _soft_sharing),
+        ("bench_soft_sharing_collapse", _collapse),
     ):
         path = results / f"{name}.json"
         if path.exists():
@@ -167,8 +170,45 @@ def _omniglot(found: dict[str, Any]) -> list[tuple[str, str]]:
             gain, low, high = (f"{100 * best[name]:+.1f}" for name in ("gain", "gain_low", "gain_high"))
             figure = f"{best['accuracy']:.1%} ({best['arm']}), {alone['accuracy']:.1%} (a network per alphabet): "
             figure += f"{gain} points ({low} to {high}, seeds: {best['seeds']})"
-            rows.append((f"Omniglot, accuracy from {drawings} drawings of a character", figure))
+            number = f"{drawings} drawing{'s' if drawings > 1 else ''}"
+            rows.append((f"Omniglot, accuracy from {number} of a character", figure))
     return rows
+
+
+def _mtl_step(found: dict[str, Any]) -> list[tuple[str, str]]:
+    ratios = found["ratios"]
+    rows = [
+        ("a step of `mtl.fit` with uncertainty weighting, by a loop written by hand", f"{ratios['uncertainty']:.2f}")
+    ]
+    for method, name in (("upgrad", "UPGrad"), ("pcgrad", "PCGrad")):
+        if f"{method} over plain sum" in ratios:
+            ours, theirs = ratios[f"{method} over plain sum"], ratios[f"torchjd's {method} over plain sum"]
+            figure = f"{ours:.2f} (torchjd {found['versions']['torchjd']} by its documentation: {theirs:.2f})"
+            rows.append(
+                (f"a step with {name}, by one with the plain sum of {found['settings']['tasks']} losses", figure)
+            )
+    return rows
+
+
+def _soft_sharing(found: dict[str, Any]) -> list[tuple[str, str]]:
+    step, penalty, settings = found["step"], found["penalty"], found["settings"]
+    what = f"time of a step of soft sharing, {settings['tasks']} ResNet-20s at batch {settings['batch']}"
+    figure = f"{step['ratio']:.2f}, with trace norm {step['ratio_with_penalty']:.2f}"
+    error = penalty["largest_relative_error_of_gradient"]
+    speedup = f"{penalty['speedup']:.1f} times faster, largest error {error:.0e}"
+    return [
+        (f"{what}, relative to a loop over the models", figure),
+        ("the trace norm of these stacks and its gradient, against `torch.linalg.svd`", speedup),
+    ]
+
+
+def _collapse(found: dict[str, Any]) -> list[tuple[str, str]]:
+    kept, before, after = (
+        found["collapse"][name]["mean"] for name in ("parameters_kept", "accuracy_before", "accuracy_after")
+    )
+    what = "five digits networks trained with the trace norm of deviations, collapsed"
+    seeds = found["settings"]["seeds"]
+    return [(what, f"{kept:.0%} of the parameters, {before:.2%} -> {after:.2%} accuracy (seeds: {seeds})")]
 
 
 if __name__ == "__main__":

@@ -25,20 +25,30 @@ FIRST_TWO = {"conv1", "norm1", "conv2", "norm2"}
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of sharing: names of the shared modules, factor of the union softmax in the loss, coupling of the rest."""
+    """A way of sharing.
+
+    Args:
+        shared: names of the modules that all tasks have in common
+        union: factor of the union softmax in the loss
+        coupling: of what is not shared
+        together: in this part of the steps, the first ones, all tasks train one network, union softmax included; then
+            each goes on with a copy of its own
+    """
 
     shared: frozenset[str] = frozenset()
     union: float = 0.0
     coupling: Coupling | None = None
+    together: float = 0.0
 
 
 ARMS = {
     "single-task": Arm(),
-    "all": Arm(frozenset(CONVOLUTIONS | NORMS)),
-    "convolutions": Arm(frozenset(CONVOLUTIONS)),  # batch norms are private
-    "first two": Arm(frozenset(FIRST_TWO)),
+    "all + union, then apart": Arm(union=1.0, together=0.7),
     "all + union": Arm(frozenset(CONVOLUTIONS | NORMS), union=1.0),
     "first two + union": Arm(frozenset(FIRST_TWO), union=1.0),
+    "first two": Arm(frozenset(FIRST_TWO)),
+    "convolutions": Arm(frozenset(CONVOLUTIONS)),  # batch norms are private
+    "all": Arm(frozenset(CONVOLUTIONS | NORMS)),
     "L2 to the mean": Arm(coupling=L2Coupling({"conv*": 0.1})),
     "trace norm of deviations": Arm(coupling=TraceNorm({"conv*": 0.03}, of="deviations")),
 }
@@ -50,10 +60,10 @@ class Recipe:
     """How an arm is trained; ``augmentation`` scales shift, rotation, zoom and shear alike, ``sharing`` the factors of
     union softmax and coupling."""
 
-    steps: int = 400
+    steps: int = 600
     lr: float = 1e-2
-    weight_decay: float = 0.05
-    augmentation: float = 1.3
+    weight_decay: float = 0.5
+    augmentation: float = 2.0
     sharing: float = 1.0
 
 
@@ -93,9 +103,24 @@ class Network(nn.Module):
             kernels = self.stacks[f"conv{number}_weight"].to(x.dtype)
             kernels = kernels.expand(self.num_tasks, *kernels.shape[1:]).flatten(0, 1)
             padding, stride = kernels.shape[-1] // 2, 2 if number == 1 else 1
-            x = F.relu(self._norm(F.conv2d(x, kernels, None, stride, padding, groups=self.num_tasks), number))
-            x = F.max_pool2d(x, 2) if number > 1 else x
+            x = self._norm(F.conv2d(x, kernels, None, stride, padding, groups=self.num_tasks), number)
+            x = F.relu(F.max_pool2d(x, 2) if number > 1 else x)
         return x.unflatten(1, (self.num_tasks, -1)).flatten(2).transpose(0, 1).float()
+
+    def mixed_features(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """As ``features``, but each copy gets images of any tasks, B of all B T: for copies that are the same.
+
+        Batch norms then have the statistics of all tasks, and the noise of a batch of B.
+        """
+        order = torch.randperm(images.shape[0] * images.shape[1], generator=generator)
+        features = self.features(images.flatten(0, 1)[order].view_as(images)).transpose(0, 1)
+        return features.flatten(0, 1)[order.argsort()].view_as(features).transpose(0, 1)
+
+    def average_gradients(self) -> None:
+        """Over the copies: those that are the same stay the same."""
+        for stack in self.stacks.values():
+            assert stack.grad is not None
+            stack.grad.copy_(stack.grad.mean(0, keepdim=True).expand_as(stack))
 
     def _norm(self, x: Tensor, number: int) -> Tensor:
         """Over the images of each task where the module is private, of all tasks where it is shared."""
@@ -126,10 +151,12 @@ def train(arm: Arm, recipe: Recipe, data: Mapping[str, TaskData], seed: int, spl
         # with replacement, so that alphabets of all sizes give batches of one size
         chosen = starts + (torch.rand(BATCH_SIZE, len(sizes), generator=generator) * sizes).long()
         inputs = distort(images[chosen.flatten()], recipe.augmentation, generator).view(*chosen.shape, 28, 28)
-        features, targets = network.features(inputs), labels[chosen].T
+        together = step < arm.together * recipe.steps
+        features = network.mixed_features(inputs, generator) if together else network.features(inputs)
+        targets = labels[chosen].T
         losses = [F.cross_entropy(head(x), y) for head, x, y in zip(network.heads, features, targets, strict=True)]
         loss = torch.stack(losses).sum()
-        if network.union is not None:
+        if network.union is not None and (together or not arm.together):
             everyone = F.cross_entropy(network.union(features.flatten(0, 1)), (targets + offsets).flatten())
             loss = loss + recipe.sharing * arm.union * len(data) * everyone
         if arm.coupling is not None:
@@ -137,6 +164,8 @@ def train(arm: Arm, recipe: Recipe, data: Mapping[str, TaskData], seed: int, spl
             loss = loss + recipe.sharing * arm.coupling.penalty(stacked)
         optimizer.zero_grad()
         loss.backward()
+        if together:
+            network.average_gradients()
         optimizer.step()
         schedule.step()
     held_out = _together(data, split)

@@ -23,11 +23,13 @@ from mtl.metrics import delta_m
 from mtl.options import FitOptions
 from mtl.seeding import preserved_rng
 from mtl.sharing import Coupling, HardShared, L2Coupling, SoftShared, TraceNorm
+from mtl.sharing.private import Pattern, patterns_after
 from mtl.task import Direction, Task, check_tasks
 from mtl.trainer import fit
 from mtl.weighting import Weighting, resolve
 
 _STRENGTH = 1e-3
+_TOGETHER = 0.7
 _COUPLINGS: dict[str, Callable[[float], Coupling]] = {"l2": L2Coupling, "trace_norm": TraceNorm}
 _COLUMNS = 8  # more tasks than that are not columns
 _ARROWS = {"max": "↑", "min": "↓"}
@@ -43,6 +45,8 @@ class Method:
         apart: whether each task is trained alone, with a model of its own: ``build`` then gets one task at a time
         weighting: as in ``mtl.fit``
         options: instead of those of all methods
+        then: makes of the trained model the one that is trained for the rest of the epochs; None: there is no rest
+        part: of the epochs that are before that, in [0, 1]
     """
 
     name: str
@@ -50,6 +54,12 @@ class Method:
     apart: bool = False
     weighting: str | Mapping[str, float] | Weighting = "equal"
     options: FitOptions | None = None
+    then: Callable[[nn.Module], nn.Module] | None = None
+    part: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.part <= 1:
+            raise ValueError(f"method {self.name!r}: part is {self.part}, but it must be in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -178,8 +188,10 @@ def compare(
         data: as in ``mtl.fit``: one data set with all labels, or one per task
         methods: ``Method``, or names that build their models from ``trunk`` and ``head``: "single" (a model per task,
             trained alone), "hard" (one trunk), "hard:WEIGHTING", "private norms" (one trunk with batch norms of each
-            task's own), "soft:l2" and "soft:trace_norm" (a model per task, coupled at strength 1e-3; "soft:l2:0.1": at
-            0.1)
+            task's own), "first layers" (one trunk of which the first half of the layers is shared; "first layers:2":
+            the first two convolutions or the like, with their norms), "hard then apart" (one trunk for 70 % of the
+            epochs, then a copy of it for each task; "hard then apart:0.5": for half), "soft:l2" and "soft:trace_norm"
+            (a model per task, coupled at strength 1e-3; "soft:l2:0.1": at 0.1)
         test: to report on; in the form of the data
         trunk: makes a trunk
         head: makes the head of a task, which reads the trunk's output
@@ -236,16 +248,14 @@ def _run(
     with preserved_rng():
         torch.manual_seed(options.seed)
         model = method.build(tasks)
-        fit(
-            model,
-            tasks,
-            data,
-            epochs,
-            weighting=method.weighting,
-            validation=validation,
-            folder=folder,
-            options=options,
-        )
+        train = partial(fit, weighting=method.weighting, validation=validation, options=options)
+        if method.then is None:
+            train(model, tasks, data, epochs, folder=folder)
+        else:
+            first = round(method.part * epochs)
+            train(model, tasks, data, first, folder=folder and folder / "first")
+            model = method.then(model)
+            train(model, tasks, data, epochs - first, folder=folder and folder / "then")
         return evaluate(model, tasks, test), sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -267,8 +277,9 @@ def standard_method(
     if trunk is None or head is None:
         raise ValueError(f"method {name!r} builds its models from trunk= and head=: give both, or a mtl.Method")
 
-    def hard(tasks: Sequence[Task], **sharing: Any) -> nn.Module:
-        return HardShared(trunk(), {task.name: head(task) for task in tasks}, **sharing)
+    def hard(tasks: Sequence[Task], private: Callable[[nn.Module], Sequence[Pattern]] = lambda _: ()) -> nn.Module:
+        made = trunk()
+        return HardShared(made, {task.name: head(task) for task in tasks}, private=private(made))
 
     def soft(tasks: Sequence[Task], coupling: Any) -> nn.Module:
         return SoftShared(lambda task: nn.Sequential(trunk(), head(task)), tasks, coupling)
@@ -281,14 +292,28 @@ def standard_method(
             resolve(chosen, [])  # an unknown name is said before anything is trained
             return Method(name, hard, weighting=chosen)
         case ["private norms"]:
-            return Method(name, partial(hard, private=(nn.modules.batchnorm._BatchNorm,)))
+            return Method(name, partial(hard, private=lambda _: (nn.modules.batchnorm._BatchNorm,)))
+        case ["first layers", *number] if len(number) <= 1 and all(each.isdecimal() for each in number):
+            private = partial(patterns_after, num_layers=int(number[0]) if number else None)
+            with preserved_rng():
+                private(trunk())  # a depth that the trunk has not is said before anything is trained
+            return Method(name, partial(hard, private=private))
+        case ["hard then apart", *part] if len(part) <= 1:
+            return Method(name, hard, then=_apart, part=float(part[0]) if part else _TOGETHER)
         case ["soft", kind, *strength] if kind in _COUPLINGS and len(strength) <= 1:
             coupling = _COUPLINGS[kind](float(strength[0]) if strength else _STRENGTH)
             return Method(name, partial(soft, coupling=coupling))
     raise ValueError(
-        f"unknown method {name!r}: use single, hard, hard:WEIGHTING, private norms, soft:l2, soft:trace_norm, or a "
-        "mtl.Method"
+        f"unknown method {name!r}: use single, hard, hard:WEIGHTING, private norms, first layers, first layers:NUMBER, "
+        "hard then apart, hard then apart:PART, soft:l2, soft:trace_norm, or a mtl.Method"
     )
+
+
+def _apart(model: nn.Module) -> nn.Module:
+    """A trunk of its own for each task, which starts as the one of all."""
+    assert isinstance(model, HardShared)
+    assert model.trunk is not None
+    return HardShared(model.trunk, dict(model.heads.items()), private=("*",))
 
 
 def _text(table: Table, columns: int) -> str:

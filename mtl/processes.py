@@ -49,7 +49,10 @@ class Processes:
     def part(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
         """This process's rows of a batch, and by task the factor that makes its mean loss its part of the global one.
 
-        The mean over all processes of ``factor * loss`` is the loss of the whole batch.
+        The mean over all processes of ``factor * loss`` is the loss of the whole batch. A batch with fewer rows than
+        there are processes cannot be divided, and many layers refuse an empty part: all processes take it whole, and
+        the labels count in the first one. (The running variance of a synchronised batch norm then counts its rows as
+        often as there are processes.)
         """
         if self.size == 1:
             return batch, dict.fromkeys(batch.labels, 1.0)
@@ -123,13 +126,17 @@ class Processes:
             dist.barrier()
 
     def _labels(self, labels: Labels) -> Labels:
+        if len(labels.values) < self.size:
+            nothing = replace(labels, known=torch.zeros_like(labels.values, dtype=torch.bool), count=0, left_out=False)
+            return labels if self.is_first else nothing
         values = self._rows(labels.values)
         known = None if labels.known is None else self._rows(labels.known)
         return replace(labels, values=values, known=known, count=values.numel() if known is None else int(known.sum()))
 
     def _rows(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.tensor_split(self.size)[self.rank] if value.dim() else value
+            divisible = value.dim() > 0 and len(value) >= self.size
+            return value.tensor_split(self.size)[self.rank] if divisible else value
         if isinstance(value, dict):
             return {key: self._rows(item) for key, item in value.items()}
         if isinstance(value, tuple | list):

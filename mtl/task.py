@@ -183,11 +183,18 @@ class Task:
         return output[known], target[known]
 
     def check(self, output: Tensor, labels: Labels) -> None:
-        """Whether the classes are among those of the output.
+        """Whether the classes are among those of the output, and labels of yes or no in [0, 1].
 
         Raises:
-            ValueError: naming the label and the number of classes.
+            ValueError: naming the label and what there is.
         """
+        if isinstance(self.loss, _BINARY):
+            outside = labels.values[(labels.values < 0) | (labels.values > 1)]
+            if outside.numel():
+                raise ValueError(
+                    f"task {self.name!r}: there is a label {outside[0]:g}, but {type(self.loss).__name__} takes 0 for "
+                    "no and 1 for yes: use Task.classification for more classes, or mark missing labels by NaN"
+                )
         if not isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) or labels.values.is_floating_point():
             return
         num_classes = output.shape[-1 if isinstance(self.loss, TokenCrossEntropy) else min(1, output.dim() - 1)]

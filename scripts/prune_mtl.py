@@ -20,7 +20,7 @@ from compress.rounds import RoundContext
 from compress.schedule import kept_fraction
 from compress.seeding import seed_everything
 from mtl import FitOptions, SoftShared, Task, evaluate, fit
-from mtl.comparison import standard_method
+from mtl.comparison import Method, standard_method
 from mtl.data import loaders
 from scripts.command import run_command
 from scripts.config import CONFIG_FILE, PRUNE_OUTPUTS, check_at_least, claim_folder
@@ -39,8 +39,8 @@ class PruneMtlConfig:
     Args:
         data: of the tasks, as for prunus train-mtl
         budget: what fraction of the dense model to keep: one of --budget.macs .params .channels .latency, in (0, 1]
-        method: how the tasks share, as for prunus train-mtl: hard, hard:WEIGHTING, "private norms", soft:l2 or
-            soft:trace_norm (:STRENGTH)
+        method: how the tasks share, as for prunus train-mtl: hard, hard:WEIGHTING, "private norms", "first layers"
+            (:NUMBER), soft:l2 or soft:trace_norm (:STRENGTH)
         checkpoint: weights to start from (.pt .pth .th .safetensors); without, the model is trained first
         collapse: of a soft-shared model: before pruning, keep this part of the differences between tasks, in (0, 1]
         trunk: layers:NAME, torchvision:NAME, timm:NAME or FILE.py:FACTORY; default: by the data
@@ -136,7 +136,7 @@ def run(config: PruneMtlConfig) -> RunResult:
     ) -> None:
         if epochs:
             options = FitOptions(optimizer="adamw", lr=lr, seed=context.seed, device=str(device))
-            weighting = standard_method(config.method, nn.Identity, lambda task: nn.Identity()).weighting
+            weighting = _method(config, data).weighting  # a new one: some have a state
             batches = loaders(data, "train", batch_size=config.batch_size, seed=context.seed)
             fit(model, tasks, batches, epochs, weighting=weighting, folder=context.folder, options=options)
 
@@ -172,11 +172,17 @@ def run(config: PruneMtlConfig) -> RunResult:
     return result
 
 
+def _method(config: PruneMtlConfig, data: Data) -> Method:
+    method = standard_method(config.method, *builders(data, config.trunk, config.width))
+    if method.apart or method.then is not None:
+        raise ValueError(
+            f"--method is {config.method}, which shares nothing: give hard, private norms, first layers or soft:..."
+        )
+    return method
+
+
 def _model(config: PruneMtlConfig, data: Data, tasks: Sequence[Task]) -> nn.Module:
-    trunk, head = builders(data, config.trunk, config.width)
-    method = standard_method(config.method, trunk, head)
-    if method.apart:
-        raise ValueError(f"--method is {config.method}, which shares nothing: give hard, private norms or soft:...")
+    method = _method(config, data)
     seed_everything(config.seed)
     model = method.build(tasks)
     if config.checkpoint is not None:

@@ -28,7 +28,8 @@ class TrainMtlConfig:
         data: digits (six tasks, nothing to download), school:PATH.mat, omniglot:FOLDER, csv:PATH (a file with all
             targets, or a folder with TASK.csv for each task), imagefolder:FOLDER (with TASK/train and TASK/test),
             cifar10:PATH (three tasks: vehicles, mammals, others) or cifar100:PATH (the 20 super-classes are the tasks)
-        methods: single, hard, hard:WEIGHTING, "private norms", soft:l2 or soft:trace_norm (:STRENGTH); see mtl.compare.
+        methods: single, hard, hard:WEIGHTING, "private norms", "first layers" (:NUMBER), "hard then apart" (:PART),
+            soft:l2 or soft:trace_norm (:STRENGTH); see mtl.compare.
             WEIGHTING is uncertainty, dwa, gradnorm, random, geometric, pcgrad, mgda, cagrad, imtl, nash, upgrad or
             aligned
         trunk: layers:NAME, torchvision:NAME, timm:NAME or FILE.py:FACTORY; default: three convolutions for images, two

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -35,6 +36,36 @@ def private_tensors(module: nn.Module, patterns: Sequence[Pattern]) -> set[str]:
             raise ValueError(f"private: {shown} fits no parameter of the trunk; there are {', '.join(names[:8])}{more}")
         found.update(fitting)
     return found
+
+
+def patterns_after(module: nn.Module, num_layers: int | None = None) -> list[str]:
+    """Patterns of all parameters and buffers behind the first layers: private, they leave those shared.
+
+    A layer is a module with a weight of two axes or more, such as a convolution, and what follows before the next one,
+    such as its batch norm, in the order of definition.
+
+    Args:
+        module: that has the layers
+        num_layers: how many are not to fit; default: half of all, rounded down
+
+    Raises:
+        ValueError: unless ``num_layers`` is at least 1 and leaves one.
+
+    Example:
+        >>> trunk = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8, bias=False))
+        >>> patterns_after(trunk, 1)
+        ['3.weight']
+    """
+    layer_of: dict[str, int] = {}  # by the path of the module
+    number = 0
+    for path, part in module.named_modules():
+        number += any(parameter.dim() > 1 for parameter in part.parameters(recurse=False))
+        layer_of[path] = number
+    wanted = number // 2 if num_layers is None else num_layers
+    if not 1 <= wanted < number:
+        raise ValueError(f"{wanted} first layers are to be shared, but the trunk has {number}: share 1 to {number - 1}")
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return [glob.escape(name) for name in names if layer_of[name.rpartition(".")[0]] > wanted]
 
 
 def own_copy(module: nn.Module, patterns: Sequence[Pattern]) -> nn.Module:

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import bench_omniglot
-from benchmarks.omniglot_networks import ARMS, STATISTICS, Network, Recipe, distort, train
+from benchmarks.omniglot_networks import ARMS, STATISTICS, Arm, Network, Recipe, distort, train
 from mtl.data import omniglot
 
 
@@ -113,6 +113,24 @@ def test_a_strong_coupling_keeps_the_networks_of_all_tasks_alike(drawings: Path)
         return float((first - second).norm())
 
     assert distance(10.0) < 0.5 * distance(0.0)
+
+
+def test_copies_are_one_network_as_long_as_all_tasks_train_it(drawings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = omniglot(drawings, train=2, validation=1)
+    made: list[Network] = []
+    build = Network.__init__
+    monkeypatch.setattr(Network, "__init__", lambda self, *args: (build(self, *args), made.append(self))[0])
+    for together in (1.0, 0.5):
+        train(Arm(union=1.0, together=together), Recipe(steps=4), data, 0, "test")
+        alike = [torch.equal(stack[0], stack[1]) for stack in made.pop().stacks.values()]
+        assert all(alike) if together == 1.0 else not any(alike)
+
+
+def test_mixed_images_give_the_features_of_their_own_places() -> None:
+    network = Network({"a": 3, "b": 4}, Arm(union=1.0, together=0.5)).eval()
+    images = torch.rand(5, 2, 28, 28)
+    found = network.mixed_features(images, torch.Generator().manual_seed(0))
+    assert torch.allclose(found, network.features(images), atol=1e-2)  # bfloat16
 
 
 def test_distortion_of_nothing_is_the_image() -> None:

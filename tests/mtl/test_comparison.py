@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -7,6 +8,7 @@ from scipy import stats
 from torch import nn
 
 from mtl import Comparison, FitOptions, HardShared, Method, Task, compare, evaluate, fit
+from mtl.comparison import standard_method
 from mtl.data import TensorLoader
 
 TASKS = [Task.classification("a"), Task.regression("b")]
@@ -63,6 +65,57 @@ def test_every_method_is_trained_with_every_seed_on_its_tasks(tmp_path: Path) ->
             assert again.metrics[method][task] == pytest.approx(values)
 
 
+def test_first_layers_are_one_for_all_tasks_and_later_ones_each_tasks_own() -> None:
+    def deep() -> nn.Module:
+        return nn.Sequential(trunk(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8))
+
+    trained = {}
+    for name in ("first layers", "first layers:2"):
+        method = standard_method(name, deep, head)
+        model = method.build(TASKS)
+        assert isinstance(model, HardShared)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        fit(model, TASKS, data(), 1, options=OPTIONS)
+        assert all((before[key] != value).any() for key, value in model.state_dict().items() if "weight" in key)
+        trained[name] = sum(parameter.numel() for parameter in model.parameters())
+    first, second, third, heads = 4 * 8 + 8 + 16, 8 * 8 + 8 + 16, 8 * 8 + 8, 8 * 3 + 3
+    assert trained == {
+        "first layers": first + 2 * (second + third) + heads,  # one of three layers
+        "first layers:2": first + second + 2 * third + heads,
+    }
+
+
+def test_tied_weights_behind_the_first_layers_are_private_too() -> None:
+    def tied() -> nn.Module:
+        layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+        layers[2].weight = layers[1].weight
+        return layers
+
+    model = standard_method("first layers", tied, head).build(TASKS)
+    assert isinstance(model, HardShared)
+    assert {name for name, _ in model.stem.named_parameters()} == {"0.weight", "0.bias"}  # type: ignore[union-attr]
+    first, second = model.trunks.values()  # type: ignore[union-attr]
+    assert first[0].weight is first[1].weight
+    assert first[0].weight is not second[0].weight
+
+
+def test_one_trunk_and_then_a_copy_for_each_task(tmp_path: Path) -> None:
+    found = compare(
+        TASKS, data(), "hard then apart:0.3", test=data(1), trunk=trunk, head=head, seeds=[4], epochs=3,
+        options=OPTIONS, folder=tmp_path,
+    )  # fmt: skip
+    options = replace(OPTIONS, seed=4)
+    torch.manual_seed(4)
+    model = HardShared(trunk(), {task.name: head(task) for task in TASKS})
+    fit(model, TASKS, data(), 1, options=options)
+    assert model.trunk is not None
+    alone = HardShared(model.trunk, model.heads, private=("*",))
+    assert sum(p.numel() for p in alone.parameters()) == found.parameters["hard then apart:0.3"]
+    fit(alone, TASKS, data(), 2, options=options)
+    for task, value in evaluate(alone, TASKS, data(1)).items():
+        assert found.metrics["hard then apart:0.3"][task] == [pytest.approx(value)]
+
+
 def test_tasks_with_data_of_their_own_are_trained_apart_on_theirs() -> None:
     both = data()
     assert isinstance(both.targets, dict)
@@ -116,6 +169,9 @@ def test_many_tasks_have_a_table_of_their_own() -> None:
         (["hard", "hard"], "each with a name of its own"),
         (["hrad"], "unknown method 'hrad'"),
         (["hard:hard"], "unknown weighting 'hard'"),
+        (["hard then apart:2"], r"part is 2.0, but it must be in \[0, 1\]"),
+        (["first layers:two"], "unknown method 'first layers:two'"),
+        (["first layers:1"], "1 first layers are to be shared, but the trunk has 1"),
     ],
 )
 def test_bad_methods_are_refused(methods: list[str], message: str) -> None:

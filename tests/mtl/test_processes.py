@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import layers
 from mtl import FitOptions, HardShared, Task, UnionSoftmax, fit
 from mtl.data import TensorLoader
 from mtl.processes import Processes
@@ -20,6 +21,7 @@ from mtl.sampling import steps_of
 
 TASKS = [Task.classification("a"), Task.regression("b"), Task.multi_label("c")]
 NAMES = ("equal", "uncertainty", "geometric", "gradnorm", "own data", "parameters", "accumulated")
+NORMS = ("norm", "norm gradnorm", "norm own data", "short")  # with batch norms, which two processes synchronise
 
 
 class Plain(nn.Module):
@@ -40,18 +42,27 @@ def data(name: str) -> Any:
     b = inputs.sum(1)
     c = (torch.randn(27, 2, dtype=torch.float64, generator=generator) > 0).double()
     a[::4], b[1::5], c[3::7, 0] = -100, math.nan, math.nan
-    if name == "own data":
+    batch_size = 13 if name == "short" else 5  # 27 rows: one is left for the last batch
+    if name.endswith("own data"):
         parts = {"a": (inputs, a), "b": (inputs[:14], b[:14]), "c": (inputs[5:], c[5:])}
-        return {task: TensorLoader(*pair, batch_size=5, shuffle=True) for task, pair in parts.items()}
-    return TensorLoader(inputs, {"a": a, "b": b, "c": c}, batch_size=5, shuffle=True)
+        return {task: TensorLoader(*pair, batch_size=batch_size, shuffle=True) for task, pair in parts.items()}
+    return TensorLoader(inputs, {"a": a, "b": b, "c": c}, batch_size=batch_size, shuffle=True)
+
+
+def trunk(name: str) -> nn.Module:
+    if name not in NORMS:
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+    norm = nn.BatchNorm1d(4, track_running_stats=name != "short")
+    model = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 4, 3), norm, nn.Tanh(), nn.Flatten())
+    return layers.SyncBatchNorm.convert(model) if "WORLD_SIZE" in os.environ else model
 
 
 def train(name: str, folder: str | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
     torch.manual_seed(1)
     model: Any = HardShared(
-        nn.Sequential(nn.Linear(4, 8), nn.Tanh()),
+        trunk(name),
         {"a": nn.Linear(8, 3), "b": nn.Linear(8, 1), "c": nn.Linear(8, 2)},
-        union=UnionSoftmax(nn.Linear(8, 3), {"a": 3}) if name == "own data" else None,
+        union=UnionSoftmax(nn.Linear(8, 3), {"a": 3}) if name.endswith("own data") else None,
     ).double()
     if name == "parameters":
         model = Plain(model)
@@ -63,7 +74,7 @@ def train(name: str, folder: str | None = None) -> tuple[Any, dict[str, torch.Te
         device="cpu", progress=False, lr=0.05, max_grad_norm=1.0, ema_decay=0.9,
         accumulate=2 if name == "accumulated" else 1,
     )  # fmt: skip
-    weighting = name if name in NAMES[1:4] else "gradnorm" if name == "parameters" else "equal"
+    weighting = name if name in NAMES[1:4] else "gradnorm" if name in ("parameters", "norm gradnorm") else "equal"
     validation = data("equal")
     history = fit(
         model, TASKS, data(name), 2, weighting=weighting, validation=validation, folder=folder, options=options
@@ -73,7 +84,7 @@ def train(name: str, folder: str | None = None) -> tuple[Any, dict[str, torch.Te
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    for name in NAMES:
+    for name in (*NAMES, *NORMS):
         run = os.path.join(folder, name.replace(" ", "-"))
         history, weights = train(name, run)
         torch.save({"history": history.to_json(), "weights": weights}, f"{run}-{Processes.here().rank}.pt")
@@ -94,7 +105,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    for name in NAMES:
+    for name in (*NAMES, *NORMS):
         history, weights = train(name)
         for rank in (0, 1):
             found = torch.load(tmp_path / f"{name.replace(' ', '-')}-{rank}.pt", weights_only=True)

@@ -129,6 +129,14 @@ def test_labels_beyond_the_head_are_named() -> None:
                 task.check(output, task.labels(torch.tensor([0, wrong]).view(shape)))
 
 
+def test_labels_that_are_neither_yes_nor_no_are_named() -> None:
+    for task, missing in ((Task.binary("x"), -100), (Task.multi_label("x"), math.nan)):
+        task.check(torch.zeros(3), task.labels(torch.tensor([0, 1, missing])))
+        for wrong in (2, -1):
+            with pytest.raises(ValueError, match=f"task 'x': there is a label {wrong}, but BCEWithLogitsLoss takes 0"):
+                task.check(torch.zeros(2), task.labels(torch.tensor([1, wrong])))
+
+
 def test_shapes_that_would_broadcast_are_refused() -> None:
     task = Task.regression("x")
     with pytest.raises(ValueError, match=r"the output has shape \(4, 2\), the target \(4,\)"):

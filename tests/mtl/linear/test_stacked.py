@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from scipy.optimize import nnls
@@ -24,7 +26,7 @@ ESTIMATORS = [("pooled", PooledRidge(1.0)), ("own", IndependentRidge(1.0)), ("me
 
 def test_the_weights_are_the_best_for_rows_that_were_held_out() -> None:
     features, target, task = make_data()
-    model = StackedRegressor(ESTIMATORS, folds=4, random_state=3).fit(features, target, task)
+    model = StackedRegressor(ESTIMATORS, folds=4, spread=math.inf, random_state=3).fit(features, target, task)
     found = np.empty((len(target), 3))
     for held_out in folds_of(task, 4, 3):
         for column, (_, estimator) in enumerate(ESTIMATORS):
@@ -37,6 +39,26 @@ def test_the_weights_are_the_best_for_rows_that_were_held_out() -> None:
     alone = [estimator.fit(features, target, task).predict(features, task) for _, estimator in ESTIMATORS]
     combined = target.mean() + (np.stack(alone, 1) - target.mean()) @ expected
     assert np.allclose(model.predict(features, task), combined)
+
+
+def test_a_prior_draws_the_weights_to_equal_ones() -> None:
+    """With a prior deviation d and noise s^2, the weights minimise |y - X w|^2 / s^2 + |w - 1/K|^2 / d^2."""
+    few = make_data(num_rows=3)
+    weights = {
+        spread: StackedRegressor(ESTIMATORS, spread=spread).fit(*few).weights_ for spread in (1e-4, 0.1, math.inf)
+    }
+    assert weights[1e-4] == pytest.approx([1 / 3] * 3, abs=1e-3)
+    to_equal = {spread: np.linalg.norm(found - 1 / 3) for spread, found in weights.items()}
+    assert to_equal[1e-4] < to_equal[0.1] < to_equal[math.inf]
+
+    random = np.random.default_rng(1)
+    found, targets = random.normal(size=(40, 3)), random.normal(size=40) + 1.0
+    found += targets[:, None]
+    noise = ((targets - found.mean(1)) ** 2).mean()
+    gram = found.T @ found / noise + np.eye(3) / 0.2**2
+    expected = np.linalg.solve(gram, found.T @ targets / noise + np.full(3, 1 / 3) / 0.2**2)
+    assert (expected > 0).all()
+    assert StackedRegressor(ESTIMATORS, spread=0.2)._best_weights(found, targets) == pytest.approx(expected)
 
 
 def test_a_stack_of_one_is_nearly_that_one_and_estimators_are_copied() -> None:
@@ -63,6 +85,8 @@ def test_bad_input_is_named() -> None:
         StackedRegressor([ESTIMATORS[0]] * 2).fit(features, target, task)
     with pytest.raises(ValueError, match="folds is 1"):
         StackedRegressor(ESTIMATORS, folds=1).fit(features, target, task)
+    with pytest.raises(ValueError, match="spread 0.0"):
+        StackedRegressor(ESTIMATORS, spread=0.0).fit(features, target, task)
     first = np.unique(task, return_index=True)[1]
     with pytest.raises(ValueError, match="every task has a single row"):
         StackedRegressor(ESTIMATORS).fit(features[first], target[first], task[first])
