@@ -70,7 +70,7 @@ class _Kinds:
 
     def find(self, node: fx.Node) -> _Kind | None:
         """What a node gives, or None where that is not known."""
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if node.op == "get_attr":
             return "same"
         if node.op == "placeholder":
@@ -89,7 +89,8 @@ class _Kinds:
         """Whether the batch is the first axis of a tensor, and no other."""
         if not isinstance(value, Tensor) or not value.dim() or not _varies(value.shape[0]):
             return False
-        rows = value.shape[0].node.expr / self._symbol
+        length: Any = value.shape[0]
+        rows = length.node.expr / self._symbol
         return bool(rows.is_Integer) and not any(map(_varies, value.shape[1:]))
 
     def _one_by_one(self, node: fx.Node, told_sizes: bool) -> bool:
