@@ -4,14 +4,20 @@ Claim: backend="torch" is in the geometric mean at least 1.1 x as fast as the be
 and never slower than eager; backend="auto" is at most 3 % behind the best that is installed.
 
 Weights are random: seconds do not depend on them. On one thread, CPU seconds are counted, which mean something on a
-busy machine too. Installed beside PyTorch, onnxruntime (with onnx and onnxscript) and openvino take part.
+busy machine too; two threads take a quiet machine, and OMP_NUM_THREADS=2. Installed beside PyTorch, onnxruntime (with
+onnx and onnxscript) and openvino take part. Calls may share the work, each adding its models, batches and threads:
+
+    python benchmarks/bench_inference.py --add --threads 1 --models torchvision:resnet18
 """
 
 import copy
+import itertools
+import json
 import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import layers
-from benchmarks.common import parser, wide_console, write_results
+from benchmarks.common import current_commit, parser, wide_console, write_results
 from layers.inference.backends import BACKENDS
 from layers.inference.capture import Call, capture
 from layers.inference.clock import seconds
@@ -41,20 +47,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--batches", type=int, nargs="+", default=[1, 32], help="images at once")
     flags.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     flags.add_argument("--seconds", type=float, default=20.0, help="of measuring each model and batch")
+    flags.add_argument("--add", action="store_true", help="keep what the output has of other models, batches, threads")
     flags.add_argument("--quick", action="store_true", help="without what compiles: torch.compile and auto")
     config = flags.parse_args(arguments)
-    results = []
-    for threads in config.threads:
+    results = _earlier(config.output) if config.add else {}
+    for cell in itertools.product(config.threads, config.models, config.batches):
+        threads, name, batch = cell
         torch.set_num_threads(threads)
-        for name in config.models:
-            for batch in config.batches:
-                found = _measure(name, batch, config.seconds, quick=config.quick)
-                results.append({"model": name, "batch": batch, "threads": threads, **found})
-                summary = _summary(results)
-                write_results(config.output, arguments, {"summary": summary, "results": results}, PEERS)
-                print(results[-1], flush=True)
-    _print(results, _summary(results))
+        found = _measure(name, batch, config.seconds, quick=config.quick)
+        results[cell] = {"model": name, "batch": batch, "threads": threads, "commit": current_commit(), **found}
+        results = dict(sorted(results.items()))
+        rows = list(results.values())
+        write_results(config.output, arguments, {"summary": _summary(rows), "results": rows}, PEERS)
+        print(results[cell], flush=True)
+    _print(rows, _summary(rows))
     return 0
+
+
+def _earlier(path: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
+    """What the file has, by threads, model and batch."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    return {(row["threads"], row["model"], row["batch"]): row for row in rows}
 
 
 PEERS = ("onnxruntime", "openvino")

@@ -144,7 +144,7 @@ def write_results(path: Path, argv: Sequence[str], results: Mapping[str, Any], p
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "command": _command(path, argv),
-        "commit": _commit(),
+        "commit": current_commit(),
         "device": _device(),
         "versions": {name: _version(name) for name in ("torch", "torchvision", "numpy", *packages)},
         **results,
@@ -161,7 +161,7 @@ def _command(output: Path, argv: Sequence[str]) -> str:
     return " ".join(["python", f"benchmarks/{name}.py", *words])
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """The commit that was measured, with ``+changes`` where tracked files differ from it."""
     try:
         show = ("git", "-C", str(ROOT))

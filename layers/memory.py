@@ -36,6 +36,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # Longest chain of steps from kept tensors. Longer ones save more, but a whole chain lives at once in the backward pass.
 MAX_STEPS = 6
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def memory_efficient(model: Model) -> Model:
@@ -46,8 +47,8 @@ def memory_efficient(model: Model) -> Model:
     `torch.nn.DataParallel` keep as little. To undo it: `del model.forward`.
 
     Activations, batch norms, sums, products, casts, views and concatenations are computed again in the backward pass,
-    and so are 1 x 1 convolutions that at least double the number of channels. Regions under `torch.utils.checkpoint`
-    stay as they are, and `torch.compile` and `torch.func` ignore this.
+    and so are 1 x 1 convolutions of at most 256 channels that at least double their number. Regions under
+    `torch.utils.checkpoint` stay as they are, and `torch.compile` and `torch.func` ignore this.
 
     Raises ValueError when this instance already has a `forward` of its own.
 
@@ -330,7 +331,9 @@ class _History(TorchDispatchMode):
 
 
 def _has_storage(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.layout is torch.strided and not is_traceable_wrapper_subclass(x)
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        return False
+    return type(x) in _PLAIN or not is_traceable_wrapper_subclass(x)  # the latter takes as long as an operator
 
 
 def _part(tensor: Tensor) -> Any:

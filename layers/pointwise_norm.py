@@ -11,8 +11,9 @@ products with W of sums over pixels of r alone:
     dr = (weight/s W)^T dz - A (r - mean(r)) - (weight/s W)^T dbias / M   with A = (weight dweight / (M s^2) W)^T W
 
 with M pixels. Where the convolution widens by k, this is 2 / k of the convolution's multiplications in the place of
-computing it again (with four times the channels, half), and dz is read by matrix products alone: the passes of batch
-norm's own backward over y and dz, the largest tensors of a bottleneck block, are gone.
+computing it again (with four times the channels, half), and products of matrices of the weights' size, which are small
+where there are more pixels than output channels; and dz is read by matrix products alone: the passes of batch norm's
+own backward over y and dz, the largest tensors of a bottleneck block, are gone.
 
 Bulo, Porzi, Kontschieder: In-Place Activated BatchNorm (2018), section 3, save the same bytes by inverting layers; that
 the gradient of batch norm is an affine function of dz and y, which is used here, is in Ioffe and Szegedy (2015).
@@ -36,7 +37,7 @@ _BATCH_NORM = inspect.signature(F.batch_norm)
 
 class PointwiseNorms(TorchFunctionMode):
     """Inside, batch norm of a 1 x 1 convolution that at least doubles the channels is a `PointwiseNorm`, on CPUs
-    in float32 and float64.
+    in float32 and float64, where there are at least twice as many pixels as output channels.
 
     Where anything else reads the convolution's output too, that has the convolution's own gradient as ever.
     """
@@ -87,7 +88,8 @@ def _pointwise(
     plain = stride in (1, (1, 1)) and padding in (0, (0, 0), "valid", "same") and bias is None and input.dim() == 4
     # Differences of sums in 16 bits would lose what batch norm's own passes, which sum in 32, do not.
     precise = input.dtype is weight.dtype is y.dtype and y.dtype in (torch.float32, torch.float64)
-    return (input, weight) if wide and plain and precise and y.requires_grad and not y.is_cuda else ()
+    many = y.numel() >= 2 * y.shape[1] ** 2  # pixels: else products of the weights cost more than those over pixels
+    return (input, weight) if wide and plain and precise and many and y.requires_grad and not y.is_cuda else ()
 
 
 class PointwiseNorm(torch.autograd.Function):

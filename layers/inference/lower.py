@@ -23,9 +23,12 @@ _WORTH = 0.85
 
 
 @torch.no_grad()
-def choose_kernels(model: fx.GraphModule, tensors: list[Tensor]) -> list[str]:
-    """Run the graph once, and put the operators of the fastest kernel in the place of every fused layer on the way."""
-    choice = _Choice(model)
+def choose_kernels(model: fx.GraphModule, tensors: list[Tensor], *, timed: bool = True) -> list[str]:
+    """Run the graph once, and put the operators of the fastest kernel in the place of every fused layer on the way.
+
+    Without ``timed`` it is the kernel that usually is the fastest.
+    """
+    choice = _Choice(model, timed)
     choice.run(*tensors)
     tracer = fx.proxy.GraphAppendingTracer(model.graph)
     for node in [node for node in model.graph.nodes if isinstance(node.target, FusedLayer)]:
@@ -50,8 +53,9 @@ def choose_kernels(model: fx.GraphModule, tensors: list[Tensor]) -> list[str]:
 class _Choice(fx.Interpreter):
     """``chosen`` is for each layer a kernel, its constants, and which of its arguments to make channels-last."""
 
-    def __init__(self, model: fx.GraphModule) -> None:
+    def __init__(self, model: fx.GraphModule, timed: bool) -> None:
         super().__init__(model)
+        self._timed = timed
         self.chosen: dict[fx.Node, tuple[Kernel, Constants, set[int]]] = {}
         self._known: dict[Any, type[Kernel]] = {}
 
@@ -67,17 +71,17 @@ class _Choice(fx.Interpreter):
         candidates = {type(kernel): (kernel, given) for kernel, given in kernels(n.target, x, *args[1:3])}
         key = (n.target, x.shape, args[1].shape, args[2] is None)
         if key not in self._known:
-            self._known[key] = self._fastest(candidates, x, residual)
+            usual = Onednn if Onednn in candidates else Plain
+            self._known[key] = self._fastest(candidates, usual, x, residual) if self._timed else usual
         kernel, given = candidates[self._known[key]]
         self.chosen[n] = kernel, given, to_convert
         return kernel(x, *given, *residual)
 
-    def _fastest(self, candidates: Any, x: Tensor, residual: list[Tensor]) -> type[Kernel]:
+    def _fastest(self, candidates: Any, usual: type[Kernel], x: Tensor, residual: list[Tensor]) -> type[Kernel]:
         runs = {
             kind.__name__: partial(lambda kernel, given: kernel(x, *given, *residual), kernel, given)
             for kind, (kernel, given) in candidates.items()
         }
         times = seconds(runs, x.device, _PER_LAYER * len(runs))
-        usual = Onednn if Onednn in candidates else Plain
         others = (kind for kind in candidates if times[kind.__name__] < _WORTH * times[usual.__name__])
         return min(others, key=lambda kind: times[kind.__name__], default=usual)

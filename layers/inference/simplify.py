@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import fx
 
@@ -38,6 +40,9 @@ def _does_nothing(node: fx.Node) -> bool:
         return False
     if node.target is aten.dropout.default:
         return not arguments(node)["train"]
+    if node.target is aten.slice.Tensor:  # x[:, 0] begins with x[:]
+        given = arguments(node)
+        return not given["start"] and given["end"] in (None, sys.maxsize) and given["step"] == 1
     return node.target in _IDENTITY or (node.target is aten.clone.default and not node.kwargs)
 
 

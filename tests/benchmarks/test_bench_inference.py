@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,21 @@ def test_every_contestant_is_timed(tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert {"eager", "folded channels-last", "TorchScript", "ours: torch"} <= set(found["results"][0]["milliseconds"])
     assert found["summary"]["torch_against_eager_least"] > 0
+
+
+def test_calls_may_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(name: str, batch: int, budget: float, *, quick: bool) -> dict[str, Any]:
+        return {"milliseconds": {"eager": budget * batch, "ours: torch": 1.0}, "auto_chose": []}
+
+    monkeypatch.setattr(bench_inference, "_measure", measured)
+    output = tmp_path / "result.json"
+    flags = ["--models", "a", "--threads", "1", "--output", str(output)]
+    for batch, seconds, more in (("2", "1", []), ("4", "1", ["--add"]), ("2", "3", ["--add"])):
+        assert bench_inference.main([*flags, "--batches", batch, "--seconds", seconds, *more]) == 0
+    found = json.loads(output.read_text())
+    eager = {row["batch"]: row["milliseconds"]["eager"] for row in found["results"]}
+    assert eager == {2: 6.0, 4: 4.0}
+    assert found["summary"]["torch_against_eager_least"] == 4.0
 
 
 def test_the_summary_compares_with_the_best_of_each_row() -> None:

@@ -8,22 +8,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from layers.inference.examples import batched_inputs
 from layers.inference.fuse import fuse_layers
 from layers.inference.lower import choose_kernels
-from layers.inference.runner import BackendError, Program
+from layers.inference.parts import InParts, batch_size, best_size, first_examples
+from layers.inference.runner import BackendError, Program, Runner
 from layers.inference.script import NotScriptableError, script
 
 
 def torch_program(model: fx.GraphModule, tensors: list[Tensor]) -> Program:
-    """The graph with the fastest kernels, and without Python between its operators where that can be had."""
+    """The graph with the fastest kernels, and without Python between its operators where that can be had.
+
+    On CPUs a batch runs in parts where its examples do not depend on each other and that is faster.
+    """
     model = copy.deepcopy(model)
-    notes = [*fuse_layers(model), *choose_kernels(model, tensors)]
+    batched = batched_inputs(model)
+    notes = fuse_layers(model)
     if tensors[0].is_cuda:
+        notes += choose_kernels(model, tensors)
         return Program("torch", _CudaGraph(model, tensors), any_batch=False, notes=(*notes, "recorded as a CUDA graph"))
+    if batched is None:
+        notes += choose_kernels(model, tensors)
+        run, how = _without_python(model)
+        return Program("torch", run, notes=(*notes, how))
+    usual = copy.deepcopy(model)
+    choose_kernels(usual, tensors, timed=False)
+    size = best_size(_without_python(usual)[0], tensors, batched)
+    part = first_examples(tensors, batched, size)
+    notes += choose_kernels(model, part)
+    run, how = _without_python(model)
+    whole = size == batch_size(tensors, batched)
+    notes += [how] if whole else [how, f"a batch in parts of {size}"]
+    return Program("torch", run if whole else InParts(run, batched, size), notes=tuple(notes))
+
+
+def _without_python(model: fx.GraphModule) -> tuple[Runner, str]:
+    """The graph as a function, and who calls its operators."""
     try:
-        return Program("torch", script(model), notes=(*notes, "called by TorchScript"))
+        return script(model), "called by TorchScript"
     except NotScriptableError as error:
-        return Program("torch", model, notes=(*notes, f"called by Python ({error})"))
+        return model, f"called by Python ({error})"
 
 
 class _CudaGraph:
