@@ -6,8 +6,8 @@ the best of Torch-Pruning. Neither the checkpoint nor the images are part of pru
 Ours: all channels go at once by ``reconstruction`` with recovery, since a repaired model needs no rounds; every epoch
 then goes into one cosine, with the dense model as a teacher; of the channels between the stages too, if
 ``--feature-weight`` says so (for ResNet-20 that changed nothing: 90.5 % with, 90.6 % without, seed 0). ``shrink`` is
-the same with ``compress.shrink``. The peer prunes in steps of MACs with an epoch of training after each, and has what is
-left of the epochs after the last.
+the same with ``compress.shrink``. The peer prunes in steps of MACs with an epoch of training after each, and has what
+is left of the epochs after the last.
 Batches, augmentation, optimiser, learning rate and schedule are the same for all. ``METHOD+distill`` gives the peer our
 teacher of the outputs too: what the pruning alone is worth.
 
