@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from layers.kernels.bn_act_triton import _activate, _derivative
+from layers.kernels.bn_act_triton_kernels import _activate, _derivative
 
 # Elements of a program: 8 a thread, two 16-byte accesses in 32 bits and one in 16, of three or four tensors at once,
 # which is enough in flight for Ampere's and Hopper's memory alike.

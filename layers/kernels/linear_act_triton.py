@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from layers.kernels.bn_act_triton import _activate
+from layers.kernels.bn_act_triton_kernels import _activate
 
 # Tiles by least size of the result, (ROWS, COLUMNS, DEPTH, num_warps, num_stages), timed once for each problem on the
 # device. Hopper's tensor cores want 128 rows for two warpgroups (8 warps) and run ahead 3 to 4 stages of 64; Ampere has
