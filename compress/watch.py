@@ -153,8 +153,9 @@ def _pass(model: nn.Module, calibration: Calibration, collectors: list[Collector
 
 def _run(model: nn.Module, inputs: ExampleInputs, trace: Trace, looks: Looks, batch: int) -> None:
     args, kwargs = as_arguments(inputs)
-    try:
-        with torch.no_grad(), visible_operators(), Watch(trace, batch, looks.after, looks.before):
+    watch = Watch(trace, batch, looks.after, looks.before)
+    try:  # (in inference mode some operators are not taken apart)
+        with torch.inference_mode(False), torch.no_grad(), visible_operators(), watch:
             model(*args, **kwargs)
     except CalibrationError:
         raise

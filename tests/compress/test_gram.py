@@ -193,3 +193,14 @@ def test_activations_that_are_not_finite_name_layer_and_batch(value: float, opti
         compress.CalibrationError, match=r"enter '(stem|body|head)' are not finite in calibration batch 1"
     ):
         compress.prune(Net(), batches[0], budget=budget, calibration=batches, **options)
+
+
+def test_a_caller_in_inference_mode_gets_the_same() -> None:
+    """There a layer norm is one operator, in a trace it is taken apart."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)).eval(), torch.randn(30, 6)
+    graph = compress.trace(model, x)
+    plain = collect_grams(model, graph, [x]).sums["2.weight", 0].gram
+    with torch.inference_mode():
+        again = collect_grams(model, graph, [x]).sums["2.weight", 0].gram
+    assert torch.equal(plain, again)
