@@ -17,6 +17,10 @@ def _now(device: torch.device) -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
+# Threads of a pool wait for work by spinning, for a while: with several of them the one before would be in the way.
+_SETTLING = 0.02
+
+
 def seconds(contestants: Mapping[str, Callable[[], object]], device: torch.device, budget: float) -> dict[str, float]:
     """The median over runs in turn, so that what disturbs the machine meets all alike.
 
@@ -24,11 +28,23 @@ def seconds(contestants: Mapping[str, Callable[[], object]], device: torch.devic
     """
     runs: dict[str, list[float]] = {name: [] for name in contestants}
     stop = time.perf_counter() + budget
+    settles = device.type == "cpu" and torch.get_num_threads() > 1
     for turn in range(200):
         if turn >= 3 and time.perf_counter() > stop:
             break
         for name, run in contestants.items():
+            if settles:
+                _settle(run)
             begin = _now(device)
             run()
             runs[name].append(_now(device) - begin)
     return {name: median(times) for name, times in runs.items()}
+
+
+def _settle(run: Callable[[], object]) -> None:
+    """Run untimed, once at least."""
+    stop = time.perf_counter() + _SETTLING
+    while True:
+        run()
+        if time.perf_counter() > stop:
+            return
