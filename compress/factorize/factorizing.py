@@ -237,7 +237,7 @@ def _attention_layers(
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.MultiheadAttention)
         heads[name] = Heads.of(layer, moments_of(grams[each.site.key], pairs[name], each.num_heads))
-    (inputs,) = first_samples((inputs for inputs, _ in batches(calibration, model)), SAMPLES)
+    inputs = next(iter(first_samples((inputs for inputs, _ in batches(calibration, model)), SAMPLES)))
     return attention_layers(model, attentions, heads, losses(model, heads, inputs))
 
 

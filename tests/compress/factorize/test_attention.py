@@ -268,6 +268,12 @@ def test_energy_protection_and_further_pruning() -> None:
     assert again.plan.exact
 
 
+def test_batches_may_be_smaller_than_what_losses_are_measured_on() -> None:
+    batches = [batch[:3] for batch in smooth(12)]
+    result = compress.factorize(vit(1), batches[0][:1], budget=Budget(macs=0.8), calibration=batches, recover=False)
+    assert "attention" in {factor.kind for factor in result.plan.factors}
+
+
 def test_attention_of_another_make_is_said_to_be_left() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
