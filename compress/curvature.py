@@ -37,7 +37,7 @@ def weighed(sums: Mapping[Key, GramSums], found: Mapping[Key, Tensor]) -> dict[K
     Sites that autograd does not lead to keep what they had, on the same scale. Where it leads to none (outputs that are
     detached, or integers), all are as they were.
     """
-    shares = {key: _diagonal(values) for key, values in found.items() if key in sums}
+    shares = {key: diagonal(values) for key, values in found.items() if key in sums}
     scales = [values.sum() / sums[key].output_share.sum().clamp(min=1e-300) for key, values in shares.items()]
     scales = [scale for scale in scales if float(scale) > 0]
     if not scales:
@@ -143,7 +143,8 @@ def _rows(site: Site | None, gradient: Tensor) -> Tensor:
     return gradient.reshape(1, -1, gradient.shape[-1]) if site is None else site.outputs(gradient, None)
 
 
-def _diagonal(found: Tensor) -> Tensor:
+def diagonal(found: Tensor) -> Tensor:
+    """(g, O), of what :func:`output_curvature` found at a site."""
     return found if found.dim() == 2 else found.diagonal(dim1=1, dim2=2)
 
 

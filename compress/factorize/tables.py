@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.curvature import diagonal
 from compress.errors import PruneError
 from compress.recorder import Op, Trace
 from compress.rules.registry import base_name
@@ -51,8 +52,7 @@ class Table:
         frequency = (counts + UNSEEN) / (counts + UNSEEN).sum()
         variance = float(frequency @ (weight - frequency @ weight).square().sum(1))
         if curvature is not None:
-            diagonal = curvature if curvature.dim() == 2 else curvature.diagonal(dim1=1, dim2=2)
-            return Table(weight, frequency, float(diagonal.mean()))
+            return Table(weight, frequency, float(diagonal(curvature).mean()))
         return Table(weight, frequency, 1 / variance if variance > 0 else 1.0)
 
     def full_rank(self) -> int:

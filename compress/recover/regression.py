@@ -30,10 +30,12 @@ class Rows:
 
     def counting(self, weight: float) -> "Rows":
         """Rows whose squared errors count ``weight`` times."""
+        if weight == 1:
+            return self
         factor = weight**0.5
         targets, zero = self.targets, self.targets.zero
         scaled = replace(targets, values=targets.values * factor, zero=None if zero is None else zero * factor)
-        return self if weight == 1 else Rows(self.inputs * factor, scaled)
+        return Rows(self.inputs * factor, scaled)
 
     def part(self, *, held_out: bool) -> "Rows":
         """The last rows, which no solution sees, or the others."""
