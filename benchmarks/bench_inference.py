@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import layers
 from benchmarks.common import current_commit, parser, wide_console, write_results
+from layers.clock import seconds
 from layers.inference.backends import BACKENDS
 from layers.inference.capture import Call, capture
-from layers.inference.clock import seconds
 from layers.inference.norms import fold_norms
 from layers.inference.runner import BackendError
 from layers.inference.simplify import simplify

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import compress
 from benchmarks.common import parser, wide_console, write_results
+from layers.clock import own_clock, wait
 from scripts.sources import build_model
 
 LOWEST, HIGHEST = 0.9, 1.05  # of the budget: what may be measured
@@ -77,16 +78,13 @@ def _ratio(dense: Callable[[], object], pruned: Callable[[], object], pairs: int
     """The median of seconds of the pruned model by those of the dense one, run right before it."""
 
     def seconds(run: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         start = clock()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         return clock() - start
 
-    # on one thread its own time is that on the wall of an idle machine, and means something on a busy one too
-    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = own_clock(device)
 
     with torch.no_grad():
         ratios = []

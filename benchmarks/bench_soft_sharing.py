@@ -9,7 +9,6 @@ trained with the proximal trace norm collapses to at most 60 % of its parameters
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from statistics import mean, median, stdev
 from typing import Any
@@ -20,6 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.common import parser, wide_console, write_results
+from layers.clock import own_clock, wait
 from layers.models import digits_cnn, resnet20_cifar
 from layers.nuclear import effective_rank, nuclear_norms
 from mtl import FitOptions, SoftShared, Task, TraceNorm, evaluate, fit
@@ -214,24 +214,18 @@ def _resnets(num_tasks: int, run: Any = "auto") -> SoftShared:
 
 
 def _seconds(contestants: dict[str, Callable[[], object]], pairs: int, device: torch.device) -> dict[str, list[float]]:
-    """Of each run, in turn. On one thread of a CPU the thread's own time, which waiting for others is no part of."""
-    own = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time if own else time.perf_counter
+    """Of each run, in turn."""
+    clock = own_clock(device)
     runs: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(pairs + 2):
         for name, run in contestants.items():
-            _wait(device)
+            wait(device)
             start = clock()
             run()
-            _wait(device)
+            wait(device)
             if turn >= 2:
                 runs[name].append(clock() - start)
     return runs
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ from compress.labels import FIXED, Array
 from compress.recorder import Op, TensorRef, Trace
 from compress.sandbox import untouched, unwrapped
 from compress.trace import ExampleInputs, as_arguments, record
+from layers.clock import own_clock, wait
 
 PAIRS, PAIRS_SECONDS = 15, 1.0  # of runs that are compared
 OWN_RUNS = 5
@@ -88,8 +89,8 @@ def relative_latency(
 ) -> float:
     """Seconds of ``model`` as a part of those of ``reference``, in turn with it: the median over pairs of runs.
 
-    At least :data:`PAIRS` pairs, and as many as fit into ``seconds``: short runs vary more. On one thread of a CPU it
-    is the thread's own time that counts, which waiting for a busy machine is no part of.
+    At least :data:`PAIRS` pairs, and as many as fit into ``seconds``: short runs vary more. By
+    :func:`layers.clock.own_clock`.
     """
     args, kwargs = as_arguments(example_inputs)
     ratios: list[float] = []
@@ -105,18 +106,13 @@ def relative_latency(
 
 
 def own_seconds(model: nn.Module, example_inputs: ExampleInputs) -> float:
-    """Seconds of one forward pass in evaluation mode by :func:`own_clock`: the median of a few runs after a warm-up."""
+    """Seconds of one forward pass in evaluation mode: the median of a few runs by :func:`layers.clock.own_clock`."""
     args, kwargs = as_arguments(example_inputs)
     clock = own_clock(_device(model))
     with untouched(model), torch.inference_mode():
         model.eval()
         model(*args, **kwargs)
         return median(_timed(model, args, kwargs, clock) for _ in range(OWN_RUNS))
-
-
-def own_clock(device: torch.device) -> Callable[[], float]:
-    """The clock of work on ``device``: the thread's own where one thread does it all, else that on the wall."""
-    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _timed(
@@ -131,12 +127,6 @@ def _timed(
 
 def _synchronise(model: nn.Module) -> None:
     wait(_device(model))
-
-
-def wait(device: torch.device) -> None:
-    """Until all work on ``device`` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _device(model: nn.Module) -> torch.device:

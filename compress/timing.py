@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from compress.channels import ChannelGraph
-from compress.cost import own_clock, wait
 from compress.labels import FIXED, Array
 from compress.recorder import Op, TensorRef
 from compress.sandbox import untouched
+from layers.clock import own_clock, wait
 
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # what widths may be rounded to: vectors of 8 or 16 numbers, tiles of 16 or 32
 WORTH = 0.85  # of the best saving a channel: a finer multiple that reaches it is as good

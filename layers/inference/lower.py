@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from layers.clock import seconds
 from layers.inference.capture import constant
-from layers.inference.clock import seconds
 from layers.inference.fuse import FusedLayer
 from layers.inference.kernels import CHANNELS_LAST, Constants, Kernel, Onednn, Plain, channels_last, kernels
 from layers.inference.rewrite import aten, clean, shape_of

@@ -13,9 +13,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
+from layers.clock import seconds
 from layers.inference.backends import BACKENDS
 from layers.inference.capture import Call, Capture, NotCapturedError, capture
-from layers.inference.clock import seconds
 from layers.inference.module import Fast, OptimizedModule
 from layers.inference.norms import fold_norms
 from layers.inference.report import Piece, Report

@@ -14,7 +14,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from layers.inference.clock import seconds
+from layers.clock import seconds
 from layers.inference.runner import Runner
 
 _TRYING = 1.0  # seconds of comparing sizes

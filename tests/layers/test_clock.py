@@ -1,12 +1,13 @@
-"""Timing in turns: who follows a pool of threads is not timed while these still spin."""
+"""Clocks: the one that work is timed by, and timing in turns, where spinning threads are in nobody's way."""
 
+import time
 from collections.abc import Iterator
 from itertools import groupby
 
 import pytest
 import torch
 
-from layers.inference.clock import seconds
+from layers.clock import own_clock, seconds
 
 
 @pytest.fixture(params=[1, 2])
@@ -26,3 +27,16 @@ def test_everybody_runs_in_turn_and_warm_where_threads_may_spin(threads: int) ->
     assert [name for name, _ in turns] == ["a", "b"] * (len(turns) // 2)
     assert len(turns) >= 6
     assert all((number > 1) == (threads > 1) for _, number in turns)
+
+
+def test_cpu_time_counts_on_one_thread_unless_it_comes_in_ticks(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fine() -> float:
+        return time.perf_counter()
+
+    def ticks() -> float:
+        return time.perf_counter() // 0.01 / 100
+
+    monkeypatch.setattr(time, "process_time", fine)
+    assert (own_clock(torch.device("cpu")) is fine) == (threads == 1)
+    monkeypatch.setattr(time, "process_time", ticks)
+    assert own_clock(torch.device("cpu")) is time.perf_counter

@@ -9,12 +9,25 @@ from statistics import median
 import torch
 
 
-def _now(device: torch.device) -> float:
+def wait(device: torch.device) -> None:
+    """Until the work that was given to ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return time.perf_counter()
-    # on one thread CPU time is that on the wall of an idle machine, and means something on a busy one too
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def own_clock(device: torch.device) -> Callable[[], float]:
+    """The clock of work on ``device``: CPU time of this process where one thread does it all, else that on the wall.
+
+    On one thread CPU time is that on the wall of an idle machine, and means something on a busy one too. Some systems
+    count it in ticks of some milliseconds, in which short work takes none or a whole tick: there the wall's is used.
+    """
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if one_thread and _moves(time.process_time) else time.perf_counter
+
+
+def _moves(clock: Callable[[], float]) -> bool:
+    """Whether readings one after the other differ."""
+    return all(clock() != clock() for _ in range(5))
 
 
 # Threads of a pool wait for work by spinning, for a while: with several of them the one before would be in the way.
@@ -28,6 +41,7 @@ def seconds(contestants: Mapping[str, Callable[[], object]], device: torch.devic
     """
     runs: dict[str, list[float]] = {name: [] for name in contestants}
     stop = time.perf_counter() + budget
+    clock = own_clock(device)
     settles = device.type == "cpu" and torch.get_num_threads() > 1
     for turn in range(200):
         if turn >= 3 and time.perf_counter() > stop:
@@ -35,9 +49,11 @@ def seconds(contestants: Mapping[str, Callable[[], object]], device: torch.devic
         for name, run in contestants.items():
             if settles:
                 _settle(run)
-            begin = _now(device)
+            wait(device)
+            begin = clock()
             run()
-            runs[name].append(_now(device) - begin)
+            wait(device)
+            runs[name].append(clock() - begin)
     return {name: median(times) for name, times in runs.items()}
 
 
