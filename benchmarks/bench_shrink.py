@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = checkpoint_parser(__file__, "accuracy of checkpoints that were made smaller without any training")
     flags.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS], help="to compare")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0], help="one draw of calibration images each")
+    flags.add_argument("--metric", default="macs", choices=["macs", "latency"], help="what the budget is of")
     config = flags.parse_args(arguments)
     if not config.checkpoint or config.data is None:
         return skipped(f"{Path(__file__).name} needs --checkpoint layers:resnet20_cifar=FILE@0.5 and --data ...")
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{Path(__file__).stem}: {error}", file=sys.stderr)
         return 2
     print_rows("made smaller without training", rows)
-    settings = {"images": config.images, "batch_size": config.batch_size, "seeds": config.seeds}
+    settings = {name: getattr(config, name) for name in ("images", "batch_size", "seeds", "metric")}
     write_results(config.output, arguments, {"settings": settings, "rows": rows})
     write_file(config.output.with_suffix(".csv"), lambda path: _write_table(path, rows))
     write_file(config.output.with_suffix(".png"), lambda path: _draw(path, rows))
@@ -70,7 +71,7 @@ def _rows(text: str, data: ImageData, config: Any) -> Iterator[dict[str, Any]]:
             for name in config.methods:
                 row = {"model": source, "method": name, "budget": fraction, "calibration": seed}
                 try:
-                    row |= _row(METHODS[name], model, fraction, batches, seed, data)
+                    row |= _row(METHODS[name], model, {config.metric: fraction}, batches, seed, data)
                 except compress.BudgetError as error:
                     row |= {"failed": str(error).splitlines()[0]}
                 print(row, file=sys.stderr)
@@ -78,10 +79,12 @@ def _rows(text: str, data: ImageData, config: Any) -> Iterator[dict[str, Any]]:
 
 
 def _row(
-    method: Callable[..., Any], model: nn.Module, fraction: float, batches: Sequence[Any], seed: int, data: ImageData
-) -> dict[str, Any]:
+    method: Callable[..., Any], model: nn.Module, budget: Mapping[str, float], batches: Sequence[Any], seed: int,
+    data: ImageData,
+) -> dict[str, Any]:  # fmt: skip
+    example = batches[0][: TIMED_IMAGES if "latency" in budget else 1]
     wall, cpu = time.perf_counter(), time.process_time()
-    result = method(model, batches[0][:1], budget=compress.Budget(macs=fraction), calibration=batches, seed=seed)
+    result = method(model, example, budget=compress.Budget(**budget), calibration=batches, seed=seed)
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     return {
         "macs_kept": result.after.macs / result.before.macs,

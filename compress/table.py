@@ -133,14 +133,16 @@ def kept_table(kept: Mapping[str, tuple[int, int]]) -> Table:
     return layers
 
 
-def cost_table(title: str, before: Cost, after: Cost) -> Table:
-    """Both, and the part that is kept."""
+def cost_table(title: str, before: Cost, after: Cost, latency: float | None = None) -> Table:
+    """Both, and the part that is kept; of ``latency`` that alone, where it was measured."""
     costs = Table(title=title)
     for column in ("", "before", "after", "kept"):
         costs.add_column(column, justify="right" if column else "left")
     for name in ("params", "macs", "bytes"):
         old, new = getattr(before, name), getattr(after, name)
         costs.add_row(name, f"{old:,}", f"{new:,}", f"{new / max(old, 1):.1%}")
+    if latency is not None:
+        costs.add_row("latency", "", "measured", f"{latency:.1%}")
     return costs
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from compress.cost import own_seconds, relative_latency
-from compress.errors import PruneError
+from compress.errors import BudgetError, PruneError
 from compress.factorize.options import Layer, Option
 from compress.factorize.plan import FactorPlan
 from compress.factorize.selection import Choice, within_budget
@@ -41,8 +41,11 @@ class _OfItself(nn.Module):
         return f"num_heads={self.attention.num_heads}, batch_first={self.attention.batch_first}"
 
 
-def timed(model: nn.Module, layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
-    """The layers with what they and some of their options take, those options alone that are faster.
+def timed(
+    model: nn.Module, layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[Layer], dict[str, str]]:
+    """The layers with what they and some of their options take, those options alone that are faster; and by parameter
+    why some have none.
 
     Args:
         shapes: of what each layer reads; those of none (a table: looking up takes no time that a thin one could save)
@@ -64,16 +67,21 @@ def timed(model: nn.Module, layers: Sequence[Layer], shapes: Mapping[str, tuple[
             if nanoseconds < dense:
                 faster.append(replace(option, latency=nanoseconds))
         found.append(replace(layer, latency=dense, options=tuple(faster)))
-    return found
+    return found, {f"{layer.name}.weight": "it is faster as it is" for layer in found if not layer.options}
 
 
 def within_latency(
-    model: nn.Module, example_inputs: ExampleInputs, layers: Sequence[Layer], fraction: float
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    layers: Sequence[Layer],
+    fraction: float,
+    dense: nn.Module | None = None,
 ) -> tuple[Choice, float]:
-    """The choice whose measured latency is at most ``fraction`` of the model's, and that latency.
+    """The choice whose measured latency is at most ``fraction`` of the dense model's, and that latency.
 
     Args:
         layers: from :func:`timed`.
+        dense: the model that it is compared with, where that is another one.
 
     Raises:
         BudgetError: the fastest is measured above; says how much remains.
@@ -84,10 +92,14 @@ def within_latency(
     if not any(layer.options for layer in layers):
         raise PruneError("on this machine no factorisation is faster than the layer that it stands for: prune instead")
     total = round(own_seconds(model, example_inputs) / NANO)
+    whole = total if dense is None else round(own_seconds(dense, example_inputs) / NANO)
     measured: dict[frozenset[tuple[str, Option]], float] = {}
 
     def choose(aim: float) -> Choice:
-        return within_budget(layers, "latency", total, min(aim + 1e-6, 1.0))
+        try:
+            return within_budget(layers, "latency", total, min(aim * whole / total + 1e-6, 1.0))
+        except BudgetError as error:
+            raise BudgetError(str(error), (error.smallest or 0.0) * total / whole) from None
 
     def measure(choice: Choice) -> float:
         key = frozenset(choice.items())
@@ -95,7 +107,7 @@ def within_latency(
             made = copied(model)
             plan = FactorPlan(tuple(layer.factor(choice[layer.name]) for layer in layers if layer.name in choice))
             insert(made, plan, empty=True)
-            measured[key] = relative_latency(made, model, example_inputs)
+            measured[key] = relative_latency(made, dense or model, example_inputs)
         return measured[key]
 
     choice = meet_latency(choose, measure, fraction)

@@ -1,47 +1,30 @@
 """Factorise a model to a budget: trace, gather Gram matrices, choose ranks, replace layers, recover."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from compress.budget import Budget
-from compress.calibration import Calibration, batches, check_calibration, num_batches_of
+from compress.calibration import Calibration, check_calibration
 from compress.cost import Cost, cost_of, relative_latency
-from compress.curvature import output_curvature, weighed
 from compress.errors import BudgetError, PruneError
-from compress.factorize.attention import (
-    SAMPLES,
-    Attention,
-    MomentsCollector,
-    find_attentions,
-    losses,
-    moments_of,
-    written_out,
-)
 from compress.factorize.clock import timed, within_latency
 from compress.factorize.decompositions import SWEEPS
-from compress.factorize.heads import Heads
-from compress.factorize.means import centred, keep_means
-from compress.factorize.options import METHODS, Layer, Option, attention_layers, layers_of, table_layers
+from compress.factorize.look import Look
+from compress.factorize.means import keep_means
+from compress.factorize.options import METHODS, Layer, Option
 from compress.factorize.plan import FactorPlan
-from compress.factorize.replaceable import factorable, owner_of
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
 from compress.factorize.surgery import SPLITS, factors_of, insert
-from compress.factorize.tables import TokenCounter, find_tables
+from compress.factorize.targets import Targets
 from compress.factorize.vbmf import by_vbmf, vbmf_inner_rank
-from compress.gram import GramCollector, Grams, GramSums
-from compress.names import protected
 from compress.plan import PrunePlan
-from compress.recorder import Op, Trace
 from compress.recover import Recovery, methods_of
 from compress.recover import recover as recovered
 from compress.sandbox import no_collections, on_meta, unwrapped
-from compress.sites import Key, Site, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
-from compress.trial import first_samples
-from compress.watch import gather
 
 GLANCE = 0.2  # seconds in which the latency that no budget asks for is measured
 
@@ -121,20 +104,10 @@ def factorize(
         raise PruneError("a model on the meta device has no values to factorise: load its weights first")
     trace = record(model, example_inputs, training=False)
     before = cost_of(model, trace)
-    sites, left = unprotected(model, trace, protect, example_inputs)
-    tables, left = _tables(model, trace, left, methods, protect)
-    attentions, left = _attentions(model, trace, left, methods, protect, example_inputs)
-    grams, counts, pairs = _gathered(model, trace, calibration, sites, list(tables), attentions, seed)
-    # where layers compete, errors count by what they cost the model's outputs
-    every = [known.site for known in grams.values()]
-    curvature = output_curvature(model, calibration, every, tables, seed=seed) if budget is not None else {}
-    grams = weighed(grams, curvature)
-    known = centred(grams) if budget is not None else grams
+    targets = Targets.of(model, trace, methods, protect, example_inputs)
+    look = Look.at(model, trace, targets, calibration, competing=budget is not None, seed=seed)
     inner_rank = vbmf_inner_rank if energy == "vbmf" else None
-    layers, without = layers_of(model, sites, known, methods, inner_rank, refined=budget is not None)
-    of_tables, more = table_layers(model, tables, counts, curvature)
-    of_attentions = _attention_layers(model, attentions, grams, pairs, calibration)
-    layers, left = [*layers, *of_tables, *of_attentions], left | without | more
+    layers, left = look.layers(model, targets, methods, inner_rank, refined=budget is not None)
     if not layers:
         raise PruneError(
             f"nothing can be factorised: {_reasons(left) or 'the model has no convolution or dense layer'}"
@@ -142,9 +115,8 @@ def factorize(
     latency = None
     if metric == "latency":
         assert budget is not None
-        shapes = {owner_of(site): site.source.shape for site in sites}
-        layers = timed(model, layers, shapes | {name: each.source for name, each in attentions.items()})
-        left |= {f"{layer.name}.weight": "it is faster as it is" for layer in layers if not layer.options}
+        layers, slow = timed(model, layers, targets.shapes)
+        left |= slow
         choice, latency = within_latency(model, example_inputs, layers, budget.fraction)
     elif budget is not None:
         choice = within_budget(layers, metric, getattr(before, metric), budget.fraction)
@@ -154,11 +126,11 @@ def factorize(
     made = copied(model)
     insert(made, plan, weights)
     if budget is not None:
-        keep_means(made, layers, plan, grams)
+        keep_means(made, layers, plan, look.grams)
     after = cost_of(made, record(made, example_inputs, training=False))
     if latency is None:
         latency = relative_latency(made, model, example_inputs, seconds=GLANCE)
-    recovery, notes = None, [*trace.notes, *scarce(grams, choice), *_alone(trace, attentions, methods)]
+    recovery, notes = None, [*trace.notes, *look.scarce(choice), *targets.notes]
     if chosen_recovery and plan.factors:
         recovery = recovered(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
@@ -183,102 +155,6 @@ def _checked_options(budget: Budget | None, energy: float | str | None, methods:
             f"factorize spends macs, params or latency, not channels: pass Budget(macs={budget.fraction})"
         )
     return "macs" if budget is None else budget.metric
-
-
-def unprotected(
-    model: nn.Module, trace: Trace, protect: Sequence[str], example_inputs: ExampleInputs
-) -> tuple[list[Site], dict[str, str]]:
-    """The sites whose layer can be replaced and may be, and by parameter why others are left."""
-    whole = _matching(trace, protect)
-    free = [site for site in find_sites(trace) if site.parameter not in whole]
-    sites, left = factorable(model, trace, free, example_inputs)
-    weights = {name for name in whole if len(trace.parameters[name].shape) > 1}
-    return sites, left | dict.fromkeys(sorted(weights), "it is protected")
-
-
-def _tables(
-    model: nn.Module, trace: Trace, left: Mapping[str, str], methods: Sequence[str], protect: Sequence[str]
-) -> tuple[dict[str, Op], dict[str, str]]:
-    """The embeddings that can be replaced and may be, and by parameter why anything is left."""
-    tables, others = find_tables(model, trace)
-    if "svd" not in methods:
-        others |= dict.fromkeys(tables, 'a table is factorised by the method "svd"')
-    others |= dict.fromkeys(tables.keys() & _matching(trace, protect), "it is protected")
-    free = {name: op for name, op in tables.items() if name not in others}
-    return free, {name: reason for name, reason in left.items() if name not in free} | others
-
-
-def _attentions(
-    model: nn.Module, trace: Trace, left: Mapping[str, str], methods: Sequence[str], protect: Sequence[str],
-    example_inputs: ExampleInputs,
-) -> tuple[dict[str, Attention], dict[str, str]]:  # fmt: skip
-    """The attentions that can be replaced and may be, and by parameter why anything is left."""
-    if "attention" not in methods:
-        return {}, dict(left)
-    found, others = find_attentions(model, trace, find_sites(trace), example_inputs)
-    whole = {name.rpartition(".")[0].removesuffix(".out_proj") for name in _matching(trace, protect)}
-    free = {name: each for name, each in found.items() if name not in whole}
-    mine = {name for name in left for module in free if name.startswith(f"{module}.")}
-    kept = {name: others.get(name, reason) for name, reason in left.items() if name not in mine}
-    return free, kept
-
-
-def _attention_layers(
-    model: nn.Module,
-    attentions: Mapping[str, Attention],
-    grams: Mapping[Key, GramSums],
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
-    calibration: Calibration,
-) -> list[Layer]:
-    if not attentions:
-        return []
-    heads = {}
-    for name, each in attentions.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.MultiheadAttention)
-        heads[name] = Heads.of(layer, moments_of(grams[each.site.key], pairs[name], each.num_heads))
-    inputs = next(iter(first_samples((inputs for inputs, _ in batches(calibration, model)), SAMPLES)))
-    return attention_layers(model, attentions, heads, losses(model, heads, inputs))
-
-
-def _alone(trace: Trace, attentions: Mapping[str, Attention], methods: Sequence[str]) -> list[str]:
-    """A note where attention is none of :class:`torch.nn.MultiheadAttention`."""
-    others = [name for name in written_out(trace) if name not in attentions]
-    if "attention" not in methods or not others:
-        return []
-    return [
-        f"{len(others)} attentions ({others[0] or 'of the model itself'} ...) are no nn.MultiheadAttention, or left as "
-        "they are: their layers are factorised one by one, not by the products of queries with keys and of values"
-    ]
-
-
-def _matching(trace: Trace, protect: Sequence[str]) -> set[str]:
-    return {name for pattern in protect for name in protected(pattern, trace.parameters)}
-
-
-def _gathered(
-    model: nn.Module,
-    trace: Trace,
-    calibration: Calibration,
-    sites: Sequence[Site],
-    tables: Sequence[str],
-    attentions: Mapping[str, Attention],
-    seed: int,
-) -> tuple[Mapping[Key, GramSums], Mapping[str, Tensor], Mapping[str, tuple[Tensor, Tensor]]]:
-    """What enters each site, how often each token is looked up, and what meets in each attention."""
-    sites = [*sites, *(each.site for each in attentions.values())]
-    grams, counts, pairs = gather(
-        model,
-        trace,
-        calibration,
-        [
-            lambda: GramCollector(sites, num_batches_of(calibration), seed=seed),
-            lambda: TokenCounter(tables),
-            lambda: MomentsCollector(attentions.values()),
-        ],
-    )
-    assert isinstance(grams, Grams)
-    return grams.sums, counts, pairs
 
 
 def built(
@@ -310,14 +186,6 @@ def _orders(layer: Layer, option: Option, metric: str) -> list[Option]:
         and cost(other, metric) <= cost(option, metric)
     ]
     return [option, *([max(others, key=lambda other: cost(other, metric))] if others else [])]
-
-
-def scarce(sums: Mapping[Key, GramSums], chosen: Collection[str]) -> list[str]:
-    """A note where the layers that were chosen have seen too few samples."""
-    few = [key[0] for key, known in sums.items() if known.scarce and key[0].removesuffix(".weight") in chosen]
-    if not few:
-        return []
-    return [f"too few calibration samples for {len(few)} layers ({few[0]} ...): a ridge was used; pass more data"]
 
 
 def _reasons(left: Mapping[str, str]) -> str:

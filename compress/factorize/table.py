@@ -11,8 +11,7 @@ from compress.table import cost_table, recovery_table, render
 
 def result_table(result: FactorResult) -> str:
     """Cost before and after, what each layer became, and why others stay."""
-    costs = cost_table("factorised", result.before, result.after)
-    costs.add_row("latency", "", "measured", f"{result.latency:.1%}")
+    costs = cost_table("factorised", result.before, result.after, result.latency)
     tables = [costs, factor_table(result.plan.factors), *([left_table(result.left)] if result.left else [])]
     tables += [recovery_table(result.recovery)] if result.recovery else []
     return render(*tables) + "".join(f"\nnote: {note}" for note in result.notes)

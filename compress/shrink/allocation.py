@@ -9,28 +9,31 @@ so much that no first-order estimate tells it.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compress.budget import Budget
-from compress.cost import Cost
+from compress.cost import Cost, relative_latency
 from compress.errors import BudgetError
-from compress.factorize.factorizing import built, unprotected
-from compress.factorize.means import centred, keep_means
-from compress.factorize.options import layers_of
+from compress.factorize.clock import timed, within_latency
+from compress.factorize.factorizing import built
+from compress.factorize.look import Look
+from compress.factorize.means import keep_means
+from compress.factorize.options import Layer
 from compress.factorize.plan import FactorPlan
-from compress.factorize.selection import within_budget
+from compress.factorize.selection import Choice, within_budget
 from compress.factorize.surgery import insert
-from compress.gram import GramSums
+from compress.factorize.targets import Targets
 from compress.landing import Landing
 from compress.plan import PrunePlan
 from compress.pruning import PruneResult
 from compress.recorder import Trace
 from compress.recover.weights import Weights, tensors_of
 from compress.shrink.narrow import narrow
-from compress.sites import Key, Site, by_key, find_sites
+from compress.sites import Site, by_key, find_sites
 from compress.surgery import copied
 from compress.trace import ExampleInputs, record
 from compress.trial import Trial
@@ -49,6 +52,7 @@ class Candidate:
 
     model: nn.Module
     pruning: PruneResult | None
+    choice: Choice
     factors: FactorPlan
     left: Mapping[str, str]
     error: float
@@ -94,7 +98,7 @@ class Allocation:
     """Turns prunings of ``dense`` into candidates that meet ``budget``.
 
     Args:
-        sums: of the dense model, for all sites that either method changes.
+        look: at the dense model, at all sites that either method changes.
         before: the dense model's cost.
         trial: of the dense model.
         methods: of factorisation; none leaves all to pruning.
@@ -105,7 +109,7 @@ class Allocation:
         self,
         dense: nn.Module,
         example_inputs: ExampleInputs,
-        sums: Mapping[Key, GramSums],
+        look: Look,
         before: Cost,
         budget: Budget,
         trial: Trial,
@@ -113,49 +117,74 @@ class Allocation:
         methods: Sequence[str],
         protect: Sequence[str],
     ) -> None:
-        self._dense, self._inputs, self._sums = dense, example_inputs, sums
+        self._dense, self._inputs, self._look = dense, example_inputs, look
         self._before, self._budget, self._trial = before, budget, trial
         self._methods, self._protect = methods, protect
+        self._latencies: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
-    def candidate(self, pruning: PruneResult | None, *, quickly: bool = True) -> Candidate:
+    def kept(self, pruning: PruneResult | None) -> float:
+        """What pruning leaves of the dense model's cost; latency is measured, once."""
+        metric = self._budget.metric
+        if pruning is None:
+            return 1.0
+        if metric != "latency":
+            return float(getattr(pruning.after, metric) / getattr(self._before, metric))
+        if pruning.model not in self._latencies:
+            self._latencies[pruning.model] = relative_latency(pruning.model, self._dense, self._inputs)
+        return self._latencies[pruning.model]
+
+    def candidate(
+        self, pruning: PruneResult | None, *, quickly: bool = True, choice: Choice | None = None
+    ) -> Candidate:
         """What factorisation makes of a pruned model, or of the dense one; better if not ``quickly``.
+
+        Args:
+            choice: of ranks, as it was made before.
 
         Raises:
             BudgetError: too little can be saved; says what can be reached.
         """
-        metric = self._budget.metric
-        total = getattr(self._before, metric)
-        allowed = int(total * self._budget.fraction)
-        present = total if pruning is None else getattr(pruning.after, metric)
         model = copied(self._dense if pruning is None else pruning.model)
         trace = record(model, self._inputs, training=False)
-        sums = self._sums if pruning is None else self._refitted(model, trace, pruning.plan)
-        factors, left = FactorPlan(), dict[str, str]()
-        if present > allowed:
-            sites, left = unprotected(model, trace, self._protect, self._inputs) if self._methods else ([], {})
-            known = [site for site in sites if site.key in sums]
-            layers, without = layers_of(model, known, centred(sums), self._methods, refined=not quickly)
-            left |= without
-            try:
-                choice = within_budget(layers, metric, present, allowed / present)
-            except BudgetError as error:
-                reached = (error.smallest or 1.0) * present / total
-                raise BudgetError(
-                    f"shrinking brings {metric} down to {reached:.4g} of the model, not to "
-                    f"{self._budget.fraction:.4g}: allow more, or protect less",
-                    reached,
-                ) from error
-            factors, weights = built(layers, choice, metric, quickly=quickly)
+        look = self._look if pruning is None else self._refitted(model, trace, pruning.plan)
+        factors, left, choice = FactorPlan(), dict[str, str](), choice or {}
+        if self.kept(pruning) > self._budget.fraction:
+            targets = Targets()
+            if self._methods:
+                targets = Targets.of(model, trace, self._methods, self._protect, self._inputs)
+            layers, left = look.layers(model, targets, self._methods, refined=not quickly)
+            if self._budget.metric == "latency":
+                layers, slow = timed(model, layers, targets.shapes)
+                left |= slow
+            choice = choice or self._chosen(model, layers, pruning)
+            factors, weights = built(layers, choice, self._budget.metric, quickly=quickly)
             insert(model, factors, weights)
-            keep_means(model, layers, factors, sums)
-        return Candidate(model, pruning, factors, left, self._trial.error(model))
+            keep_means(model, layers, factors, look.grams)
+        return Candidate(model, pruning, choice, factors, left, self._trial.error(model))
 
-    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> dict[Key, GramSums]:
+    def _chosen(self, model: nn.Module, layers: Sequence[Layer], pruning: PruneResult | None) -> Choice:
+        metric, fraction, kept = self._budget.metric, self._budget.fraction, self.kept(pruning)
+        try:
+            if metric == "latency":
+                if not any(layer.options for layer in layers):
+                    raise BudgetError("no layer gets faster", smallest=kept)
+                return within_latency(model, self._inputs, layers, fraction, self._dense)[0]
+            present = getattr(self._before if pruning is None else pruning.after, metric)
+            return within_budget(layers, metric, present, int(getattr(self._before, metric) * fraction) / present)
+        except BudgetError as error:
+            reached = (error.smallest or 1.0) * (1.0 if metric == "latency" else kept)
+            raise BudgetError(
+                f"shrinking brings {metric} down to {reached:.4g} of the model, not to {fraction:.4g}: allow more, or "
+                "protect less",
+                reached,
+            ) from error
+
+    def _refitted(self, model: nn.Module, trace: Trace, plan: PrunePlan) -> Look:
         """Refit what reads removed channels; what is known of the inputs that are left."""
         tensors, dense, sites = tensors_of(model), tensors_of(self._dense), by_key(find_sites(trace))
         stays = _stays(plan, dense)
         found = {}
-        for key, known in self._sums.items():
+        for key, known in self._look.grams.items():
             if key[0] not in stays:
                 found[key] = known
                 continue
@@ -163,9 +192,18 @@ class Allocation:
             if part is None or site is None or part.sums.gram.shape[:2] != (site.groups, site.num_inputs + 1):
                 continue  # a grouped convolution whose groups are not what they were
             found[key] = replace(part.sums, site=site)
-            if key[1] == 0 and (key[0], 1) not in self._sums:  # else several uses share the weight
+            if key[1] == 0 and (key[0], 1) not in self._look.grams:  # else several uses share the weight
                 _write(part.matrix, site, known.landing, tensors)
-        return found
+        columns = {name: stays[name].any(0) for name, _ in self._look.curvature if name in stays}
+        curvature = {key: _of_columns(m, columns.get(key[0])) for key, m in self._look.curvature.items()}
+        return replace(self._look, grams=found, curvature=curvature)
+
+
+def _of_columns(matrix: Tensor, stays: Tensor | None) -> Tensor:
+    """Those of a table's curvature (1, D, D) or (1, D)."""
+    if stays is None or matrix.shape[-1] != len(stays):
+        return matrix
+    return matrix[:, stays] if matrix.dim() == 2 else matrix[:, stays][:, :, stays]
 
 
 def _stays(plan: PrunePlan, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

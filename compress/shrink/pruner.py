@@ -16,7 +16,7 @@ from compress.pruning import PruneResult, prune
 from compress.sites import Key
 from compress.trace import ExampleInputs
 
-ROUNDING = 1e-9  # above the smallest fraction that can be reached
+ROUNDING = {"latency": 0.05}  # above the smallest fraction that can be reached: what is measured varies
 
 
 class Pruner:
@@ -56,7 +56,9 @@ class Pruner:
         except BudgetError as error:
             if error.smallest is None:
                 raise
-            return self.to(Budget(**{budget.metric: min(error.smallest * (1 + ROUNDING), 1.0)}))
+            return self.to(
+                Budget(**{budget.metric: min(error.smallest * (1 + ROUNDING.get(budget.metric, 1e-9)), 1.0)})
+            )
 
 
 class _Memory:

@@ -13,7 +13,7 @@ def result_table(result: ShrinkResult) -> str:
     tables: list[Table] = []
     if result.pruning is not None:
         tables += [cost_table("pruned", result.before, result.pruning.after), kept_table(result.pruning.kept)]
-    tables.append(cost_table("shrunk", result.before, result.after))
+    tables.append(cost_table("shrunk", result.before, result.after, result.latency))
     tables += [factor_table(step.factors) for step in result.plan.steps if isinstance(step, FactorPlan)]
     tables += [left_table(result.left)] if result.left else []
     tables += [recovery_table(result.recovery)] if result.recovery else []

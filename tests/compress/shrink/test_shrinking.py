@@ -123,6 +123,42 @@ class Transformer(nn.Module):
         return self.head(self.body(self.embed(x)).mean(1))
 
 
+class Tagger(nn.Module):
+    """Most of its parameters are an embedding's; attention above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(400, 24)
+        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, tokens):
+        x = self.tokens(tokens)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_embeddings_and_attention_share_the_budget() -> None:
+    """They are what there is to save: without them the budget is out of reach."""
+    torch.manual_seed(0)
+    model = Tagger().eval()
+    with torch.no_grad():
+        model.tokens.weight.copy_(torch.randn(400, 4) @ torch.randn(4, 24) + 0.1 * torch.randn(400, 24))
+        for weight in (model.attention.in_proj_weight, model.attention.out_proj.weight):
+            weight.mul_(0.7 ** torch.arange(24))
+    batches = list(torch.randint(0, 400, (4, 32, 10)))
+    options = {"budget": Budget(params=0.3), "calibration": batches}
+    both = compress.shrink(model, batches[0][:1], **options)
+    kinds = {factor.kind for step in both.plan.steps if step.kind == "factorize" for factor in step.factors}
+    assert "embedding" in kinds
+    assert both.after.params <= 0.3 * both.before.params
+    held_out = Trial(model, [torch.randint(0, 400, (64, 10))])
+    alone = compress.factorize(model, batches[0][:1], **options)
+    assert held_out.error(both.model) <= 1.2 * held_out.error(alone.model)
+    unpruned = compress.shrink(model, batches[0][:1], methods=("factorize",), **options)
+    assert unpruned.plan.steps == (alone.plan,)
+    assert "attention" in {factor.kind for factor in alone.plan.factors}
+
+
 @pytest.mark.parametrize("kind", ["transformer", "mlp", "noncontiguous", "tied"])
 def test_other_kinds_of_models_go_through_it(kind: str) -> None:
     torch.manual_seed(0)
@@ -182,8 +218,8 @@ def test_bad_input_is_said(net: Net) -> None:
     reached = caught.value.smallest
     assert reached is not None
     assert compress.shrink(net, one, budget=Budget(macs=reached + 1e-6), calibration=batches, recover=False)
-    with pytest.raises(BudgetError, match="macs or params, not latency"):
-        compress.shrink(net, one, budget=Budget(latency=0.5), calibration=batches)
+    with pytest.raises(BudgetError, match="macs, params or latency, not channels"):
+        compress.shrink(net, one, budget=Budget(channels=0.5), calibration=batches)
     with pytest.raises(CalibrationError, match="shrink needs data"):
         compress.shrink(net, one, budget=Budget(macs=0.5))
     with pytest.raises(PruneError, match="'distil' is unknown"):

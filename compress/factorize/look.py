@@ -1,0 +1,108 @@
+"""What calibration data tell of what can be factorised, and what that makes of each layer."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from compress.calibration import Calibration, batches, num_batches_of
+from compress.curvature import output_curvature, weighed
+from compress.factorize.attention import SAMPLES, Attention, MomentsCollector, losses, moments_of
+from compress.factorize.decompositions import Problem
+from compress.factorize.heads import Heads
+from compress.factorize.means import centred
+from compress.factorize.options import Layer, attention_layers, layers_of, table_layers
+from compress.factorize.tables import TokenCounter
+from compress.factorize.targets import Targets
+from compress.gram import GramCollector, Grams, GramSums
+from compress.recorder import Trace
+from compress.sites import Key
+from compress.trace import ExampleInputs
+from compress.trial import first_samples
+from compress.watch import gather
+
+
+@dataclass(frozen=True)
+class Look:
+    """Of one model, at its targets.
+
+    ``grams`` are of the inputs of sites, ``counts`` how often each token was looked up, ``pairs`` what meets in each
+    attention, ``curvature`` what errors of tables cost the model's outputs (that of sites is part of ``grams``).
+    ``competing`` layers share one budget: their errors are compared, and those of what a constant makes up for do not
+    count.
+    """
+
+    grams: Mapping[Key, GramSums]
+    counts: Mapping[str, Tensor]
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    curvature: Mapping[Key, Tensor]
+    samples: ExampleInputs
+    competing: bool
+
+    @staticmethod
+    def at(
+        model: nn.Module,
+        trace: Trace,
+        targets: Targets,
+        calibration: Calibration,
+        *,
+        known: Mapping[Key, GramSums] | None = None,
+        competing: bool = True,
+        seed: int = 0,
+    ) -> "Look":
+        """One pass over the data, and where layers are ``competing`` a part of another one.
+
+        Args:
+            known: of these sites there are sums already.
+        """
+        known = known or {}
+        sites = [site for site in targets.every_site if site.key not in known]
+        grams, counts, pairs = gather(
+            model,
+            trace,
+            calibration,
+            [
+                lambda: GramCollector(sites, num_batches_of(calibration), seed=seed),
+                lambda: TokenCounter(list(targets.tables)),
+                lambda: MomentsCollector(targets.attentions.values()),
+            ],
+        )
+        assert isinstance(grams, Grams)
+        curvature = output_curvature(model, calibration, sites, targets.tables, seed=seed) if competing else {}
+        samples = next(iter(first_samples((inputs for inputs, _ in batches(calibration, model)), SAMPLES)))
+        of_tables = {key: matrix for key, matrix in curvature.items() if key[0] in targets.tables}
+        return Look({**known, **weighed(grams.sums, curvature)}, counts, pairs, of_tables, samples, competing)
+
+    def layers(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        methods: Sequence[str],
+        inner_rank: Callable[[Problem], int] | None = None,
+        *,
+        refined: bool,
+    ) -> tuple[list[Layer], dict[str, str]]:
+        """What each layer can become, and by parameter why nothing. The last two as in :func:`layers_of`."""
+        sites = [site for site in targets.sites if site.key in self.grams]
+        known = centred(self.grams) if self.competing else self.grams
+        layers, without = layers_of(model, sites, known, methods, inner_rank, refined=refined)
+        of_tables, more = table_layers(model, targets.tables, self.counts, self.curvature)
+        of_attentions = self._of_attentions(model, targets.attentions)
+        return [*layers, *of_tables, *of_attentions], {**targets.left, **without, **more}
+
+    def scarce(self, chosen: Collection[str]) -> list[str]:
+        """A note where the layers that were chosen have seen too few samples."""
+        few = [key[0] for key, known in self.grams.items() if known.scarce and key[0].removesuffix(".weight") in chosen]
+        if not few:
+            return []
+        return [f"too few calibration samples for {len(few)} layers ({few[0]} ...): a ridge was used; pass more data"]
+
+    def _of_attentions(self, model: nn.Module, attentions: Mapping[str, Attention]) -> list[Layer]:
+        """Those whose heads are as they were when they were looked at."""
+        heads = {}
+        for name, each in attentions.items():
+            layer, known, pair = model.get_submodule(name), self.grams.get(each.site.key), self.pairs.get(name)
+            assert isinstance(layer, nn.MultiheadAttention)
+            if known is not None and pair is not None and pair[0].shape[:2] == (layer.num_heads, layer.head_dim):
+                heads[name] = Heads.of(layer, moments_of(known, pair, each.num_heads))
+        return attention_layers(model, attentions, heads, losses(model, heads, self.samples)) if heads else []
