@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "prune": "prune a model to a budget, in rounds of pruning and training",
     "factorize": "replace layers by two or three thin ones, to a budget",
+    "shrink": "prune a model and factorise what is left, to one budget",
     "sensitivity": "show what each layer costs in accuracy when it alone is pruned",
     "inspect": "show what can be removed from a model, and why the rest cannot",
     "train-mtl": "train several tasks together and apart, and show what sharing gains",

@@ -1,18 +1,20 @@
 """``prunus factorize``: a trained checkpoint goes in, one with thin layers in the place of wide ones comes out."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import compress
-from compress import Budget, FactorResult
+from compress import Budget, FactorResult, ShrinkResult
 from compress.cost import Cost
-from compress.factorize.options import METHODS
+from compress.factorize import options as factorize_options
 from mtl import Distillation, FitOptions, evaluate, fit
 from mtl.data import ImageData
 from scripts.command import run_command
@@ -27,6 +29,8 @@ from scripts.prune import (
     model_and_example,
 )
 from scripts.sources import open_data
+
+Result = TypeVar("Result", FactorResult, ShrinkResult)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,24 +105,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: FactorizeConfig) -> FactorResult:
     """Factorises as ``config`` says, prints what that cost, and writes the file. Bad input is a ``ValueError``."""
+    return made_smaller(
+        config, "factorised", partial(compress.factorize, methods=tuple(config.methods or factorize_options.METHODS))
+    )
+
+
+def made_smaller(config: FactorizeConfig, name: str, make: Callable[..., Result]) -> Result:
+    """What ``make`` makes of the model that ``config`` names, printed as ``name`` and written."""
     held_out = config.validation if config.calibration == "validation" else 0.0
     data = open_data(config.data, mean=config.mean, std=config.std, image_size=config.image_size, validation=held_out)
     model, example = model_and_example(config, data)
     images = calibration_loader(
         data, config.calibration, CALIBRATION_BATCH_SIZE, config.calibration_batches, seed=config.seed
     )
-    result = compress.factorize(
+    result = make(
         model,
         example,
         budget=config.budget,
-        methods=tuple(config.methods or METHODS),
         calibration=images,
         recover=config.recover,
         protect=tuple(map(str, config.protect or ())),  # modules may have numbers for names
         seed=config.seed,
     )
     print(result.summary())
-    accuracies = {"dense": _accuracy(model, data), "factorised": _accuracy(result.model, data)}
+    accuracies = {"dense": _accuracy(model, data), name: _accuracy(result.model, data)}
     if config.epochs:
         _train(config, data, result.model, model)
         accuracies[f"after {config.epochs} epochs"] = _accuracy(result.model, data)
@@ -141,7 +151,7 @@ def _accuracy(model: nn.Module, data: ImageData) -> float:
     return evaluate(model, TASK, data.loader("test", batch_size=TEST_BATCH_SIZE))[TASK.name]
 
 
-def _print_accuracies(accuracies: dict[str, float], result: FactorResult) -> None:
+def _print_accuracies(accuracies: dict[str, float], result: FactorResult | ShrinkResult) -> None:
     """Accuracy on the test images, and size, of each stage."""
     table = Table(title="on the test images", title_justify="left")
     for column in ("", "accuracy", "parameters", "MACs", "latency"):

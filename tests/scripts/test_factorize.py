@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compress
-from scripts import cli
+from scripts import cli, shrink
 from scripts.factorize import main
 from scripts.sources import build_model
 
@@ -119,3 +119,18 @@ def test_is_a_sub_command(file: Path, checkpoint: Path, tmp_path: Path, capsys) 
     assert main(flags) == cli.main(["factorize", *flags]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first == second
+
+
+def test_shrink_spends_one_budget_on_channels_and_ranks(file: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "both.safetensors"
+    flags = _flags(file, checkpoint, output, "--budget.macs", "0.3", "--calibration-batches", "8", "--recover", "false")
+    assert shrink.main(flags) == 0
+    small, image = compress.load(_build(file), output), torch.zeros(1, 1, 8, 8)
+    assert compress.measure(small, image).macs <= 0.3 * compress.measure(_build(file), image).macs
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("pruned", "shrunk", "accuracy", "latency"))
+    wrong = [*_flags(file, checkpoint, tmp_path / "c.safetensors"), "--methods", "svd"]
+    assert shrink.main(wrong) == cli.main(["shrink", *wrong]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert all("'svd' is unknown: choose among prune, factorize" in error for error in errors)
