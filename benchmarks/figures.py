@@ -119,8 +119,9 @@ def _shrink(found: dict[str, Any]) -> list[tuple[str, str]]:
     images = found["settings"]["images"]
     return [
         (
-            f"{model.rpartition(':')[2]} to {budget:.1%} of the MACs without training, {images} images, by method",
-            ", ".join(f"{mean(values):.2%} ({name})" for name, values in sorted(methods.items())) + " test accuracy",
+            f"{model.rpartition(':')[2]} to {budget:.1%} of the MACs without training, {images} images, by method, draws",
+            ", ".join(f"{mean(values):.2%} ({name}, {len(values)})" for name, values in sorted(methods.items()))
+            + " test accuracy",
         )
         for (model, budget), methods in accuracies.items()
     ]

@@ -29,15 +29,22 @@ def test_every_method_is_a_row_of_the_table_and_a_curve(tmp_path: Path, monkeypa
     )
     monkeypatch.setattr(bench_shrink, "trained_model", lambda *_: net.eval())
     output = tmp_path / "result.json"
-    assert bench_shrink.main([*TINY, "--checkpoint", "layers:net=file@0.6,0.0001", "--output", str(output)]) == 0
+    flags = [*TINY, "--checkpoint", "layers:net=file@0.6,0.0001", "--output", str(output)]
+    assert bench_shrink.main([*flags, "--methods", "prune", "factorize"]) == 0
+    first = json.loads(output.read_text())["rows"]
+    assert bench_shrink.main([*flags, "--methods", "shrink"]) == 0
     rows = json.loads(output.read_text())["rows"]
-    assert [row["method"] for row in rows] == ["dense", *bench_shrink.METHODS, *bench_shrink.METHODS]
-    assert all(0.5 < row["macs_kept"] <= 0.6 and row["latency"] > 0 for row in rows[1:4])
-    assert all("failed" in row for row in rows[4:])  # out of reach
+    assert rows[:5] == first  # what is there is not measured again
+    assert bench_shrink.main([*flags, "--images", "512"]) == 2
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", *["prune", "factorize"] * 2, "shrink", "shrink"]
+    reached = [row for row in rows if row.get("budget") == 0.6]
+    assert all(0.5 < row["macs_kept"] <= 0.6 and row["latency"] > 0 for row in reached)
+    assert all(("failed" in row) == (row["budget"] == 0.0001) for row in rows[1:])  # that is out of reach
     with output.with_suffix(".csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["method"] for row in table] == [row["method"] for row in rows]
-    assert float(table[3]["accuracy"]) == rows[3]["accuracy"]
+    assert float(table[1]["accuracy"]) == rows[1]["accuracy"]
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
