@@ -111,20 +111,22 @@ def _no_training(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _shrink(found: dict[str, Any]) -> list[tuple[str, str]]:
-    accuracies: dict[tuple[str, float], dict[str, list[float]]] = {}
-    for row in found["rows"]:
-        if "budget" in row and "accuracy" in row:
-            by_method = accuracies.setdefault((row["model"], row["budget"]), {})
-            by_method.setdefault(row["method"], []).append(row["accuracy"])
-    images = found["settings"]["images"]
-    return [
-        (
-            f"{model.rpartition(':')[2]} to {budget:.1%} of the MACs without training, {images} images, by method, draws",
-            ", ".join(f"{mean(values):.2%} ({name}, {len(values)})" for name, values in sorted(methods.items()))
-            + " test accuracy",
+    """A row for each model: its budgets, and of each method the means over draws of images."""
+    rows = [row for row in found["rows"] if "budget" in row and "accuracy" in row]
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        budgets, texts = sorted({row["budget"] for row in own}, reverse=True), []
+        for method in ("shrink", "factorize", "prune"):
+            values = {b: [r["accuracy"] for r in own if (r["method"], r["budget"]) == (method, b)] for b in budgets}
+            means = " / ".join(f"{100 * mean(values[b]):.2f}" if values[b] else "-" for b in budgets)
+            texts += [f"{method} {means} % (draws: {max(map(len, values.values()))})"] if any(values.values()) else []
+        kept = " / ".join(f"{100 * budget:.3g}" for budget in budgets)
+        what = (
+            f"{model.rpartition(':')[2]} to {kept} % of the MACs without training, {found['settings']['images']} images"
         )
-        for (model, budget), methods in accuracies.items()
-    ]
+        lines.append((what, f"test accuracy: {'; '.join(texts)}"))
+    return lines
 
 
 def _retrain(found: dict[str, Any]) -> list[tuple[str, str]]:
