@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from compress.budget import Budget
 from compress.errors import PruneError
 from compress.folder import claim, write_file
-from compress.plan import PrunePlan
+from compress.plans import Plan
 from compress.report import CURVE, HISTORY, TABLE, RoundRecord, several, write_events, write_history
 from compress.rounds import MODEL, Evaluate, PruneOptions, Recipe, Rounds
 from compress.schedule import Schedule
@@ -60,7 +60,7 @@ class RunResult:
     """
 
     model: nn.Module
-    plan: PrunePlan
+    plan: Plan
     rounds: tuple[RoundRecord, ...]
     before: RoundRecord
     after: RoundRecord
@@ -91,7 +91,8 @@ def iterate(
     rounds: int,
     folder: str | Path,
     schedule: str | Schedule = "cubic",
-    criterion: Any = "l2",
+    criterion: Any = None,
+    methods: Sequence[str] = ("prune",),
     stop: StopRule | None = None,
     seed: int = 0,
     on_round: Callable[[RoundRecord], object] | None = None,
@@ -105,7 +106,11 @@ def iterate(
     so it should look at validation data. What ``test(model)`` returns is recorded and decides nothing. Randomness in
     them must come from the global generators of Python, NumPy and PyTorch, or from the context's seed. ``schedule``
     says how much of the dense model each round keeps. ``on_round`` sees the record of every round, those of earlier
-    calls included. ``options`` go to :func:`compress.prune`. The given model is not changed.
+    calls included. ``criterion`` is "l2" unless it is given. The given model is not changed.
+
+    ``methods=("prune", "factorize")`` spends each round's budget on channels and on ranks (:func:`compress.shrink`, by
+    the criterion "reconstruction"); thin layers are pruned further in the next round, and optimisers start afresh.
+    ``options`` go to :func:`compress.prune`, or those that it has to ``shrink``.
 
     ``folder`` gets ``rounds/NN`` (model, plan, scores, record), ``history.json``, ``history.csv``, ``curve.png``,
     TensorBoard events and, at the end, ``small.safetensors`` for :func:`compress.load`. The same call on the same
@@ -115,9 +120,11 @@ def iterate(
     both before anything is written.
     """
     folder = Path(folder)
-    recipe = Recipe(budget, rounds, schedule, criterion, seed, options)
+    methods = tuple(methods)
+    criterion = criterion or ("l2" if methods == ("prune",) else "reconstruction")
+    recipe = Recipe(budget, rounds, schedule, criterion, seed, options, methods)
     if not (folder / RUN).exists():  # bad options fail here, before anything is written and before hours of training
-        recipe.prune(model, example_inputs, budget.fraction, 0)
+        (recipe.shrink if recipe.shrinks else recipe.prune)(model, example_inputs, budget.fraction, 0)
     claim(folder / RUN, _describe(model, example_inputs, recipe, stop), (ROUNDS, HISTORY, TABLE, CURVE, SMALL))
     played = Rounds(model, example_inputs, recipe, folder / ROUNDS)
     records: list[RoundRecord] = []
@@ -177,6 +184,7 @@ def _describe(model: nn.Module, example_inputs: Any, recipe: Recipe, stop: StopR
         "criterion": _name(recipe.criterion),
         "max_drop": stop and stop.max_drop,
         "seed": recipe.seed,
+        **({"methods": list(recipe.methods)} if recipe.shrinks else {}),
         **options,
     }
 

@@ -26,19 +26,23 @@ from compress.cost import latencies, latency, measure
 from compress.errors import PruneError
 from compress.folder import commit_folder
 from compress.plan import PrunePlan
+from compress.plans import Plan, read_plan
 from compress.pruning import PruneResult, prune
 from compress.report import RoundRecord
 from compress.schedule import Schedule, kept_fraction
 from compress.seeding import seed_everything
+from compress.shrink import ShrinkResult, shrink
+from compress.shrink.plan import joined
 
 MODEL, PLAN, SCORES, KEPT, RECORD = "model.safetensors", "plan.json", "scores.safetensors", "kept.json", "record.json"
 OPTIMIZER = "optimizer.safetensors"
+SHRINK_OPTIONS = {"calibration", "recover", "exact_only", "protect"}
 
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
 
 class PruneOptions(TypedDict, total=False):
-    """What a run hands on to :func:`compress.prune` in every round; see there."""
+    """What a run hands on to :func:`compress.prune` in every round, or to :func:`compress.shrink`; see there."""
 
     scope: str
     combine: str | None
@@ -77,14 +81,29 @@ class Recipe:
     criterion: Any
     seed: int
     options: PruneOptions
+    methods: tuple[str, ...] = ("prune",)
 
     def __post_init__(self) -> None:
+        if self.shrinks and (unknown := sorted(self.options.keys() - SHRINK_OPTIONS)):
+            raise PruneError(f"with methods={self.methods} a run takes no {unknown[0]}=: prune alone, or leave it out")
         for index in range(max(self.rounds, 1)):  # a schedule with a bad value fails here, not after hours of training
             self.target(index)
 
     def target(self, index: int) -> float:
         """The fraction of the dense cost that is left after round ``index``."""
         return kept_fraction(self.schedule, self.budget.fraction, index, self.rounds)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether layers are factorised too."""
+        return self.methods != ("prune",)
+
+    def shrink(self, model: nn.Module, example_inputs: Any, fraction: float, index: int) -> ShrinkResult:
+        """Prunes and factorises ``model`` to ``fraction`` of its own cost, as in round ``index``."""
+        budget = Budget(**{self.budget.metric: fraction})
+        seed = seed_everything(self.seed, index, "prune")
+        options: dict[str, Any] = {"criterion": self.criterion, "methods": self.methods, **self.options}
+        return shrink(model, example_inputs, budget=budget, seed=seed, **options)
 
     def prune(
         self,
@@ -129,7 +148,7 @@ class Rounds:
         """The scores of each group's units that the round pruned by."""
         return load_file(self.path(index) / SCORES)
 
-    def result(self, index: int) -> tuple[nn.Module, PrunePlan]:
+    def result(self, index: int) -> tuple[nn.Module, Plan]:
         """The model after the round, in evaluation mode, and its plan against the dense model."""
         return _read(self.model, self.path(index))
 
@@ -177,7 +196,8 @@ class Rounds:
 
     def _prune(self, folder: Path, index: int) -> None:
         """Writes the start of a round: what the last round left, cut to what the schedule allows."""
-        model, plan, fraction = self.model, PrunePlan.empty(), 1.0
+        model, fraction = self.model, 1.0
+        plan: Plan = PrunePlan.empty()
         totals: Mapping[str, tuple[int, int]] = {}
         if index > 0:
             model, plan = self.result(index - 1)
@@ -185,36 +205,46 @@ class Rounds:
             # At most 1: the last round may have overshot its target by a lump, and be below this one already.
             fraction = min(1.0, self.recipe.target(index) / self._remaining(index - 1, plan))
         optimizer = read_state(self.path(index - 1) / OPTIMIZER, model)
-        result = self.recipe.prune(model, self.example_inputs, fraction, index, optimizer)
+        result: PruneResult | ShrinkResult
+        pruning: PruneResult | None
+        if index > 0 and self.recipe.shrinks:
+            result = self.recipe.shrink(model, self.example_inputs, fraction, index)
+            pruning, optimizer = result.pruning, None  # nothing of an optimiser's state fits thin layers
+        else:
+            result = pruning = self.recipe.prune(model, self.example_inputs, fraction, index, optimizer)
         if index > 0:  # round 0 is the dense model as it was given: recovery would touch its statistics
-            model, plan = result.model, plan.then(result.plan)
-        kept = {name: (left, totals.get(name, (left, total))[1]) for name, (left, total) in result.kept.items()}
+            model, plan = result.model, joined(plan, result.plan)
+        now = {} if pruning is None else pruning.kept
+        kept = dict(totals) if pruning is None else {}
+        kept |= {name: (left, totals.get(name, (left, total))[1]) for name, (left, total) in now.items()}
+        scores = {} if pruning is None else pruning.scores
         if optimizer is not None:
             optimizer.save(folder / OPTIMIZER, model)
         save(model, folder / MODEL, plan=plan)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
         (folder / KEPT).write_text(json.dumps(kept), encoding="utf-8")
-        save_file({name: np.ascontiguousarray(scores) for name, scores in result.scores.items()}, folder / SCORES)
+        save_file({name: np.ascontiguousarray(found) for name, found in scores.items()}, folder / SCORES)
 
-    def _remaining(self, index: int, plan: PrunePlan) -> float:
+    def _remaining(self, index: int, plan: Plan) -> float:
         """The fraction of the dense model's cost that is left after a round, whose plan is ``plan``."""
         metric = self.recipe.budget.metric
         if metric == "channels":
+            assert isinstance(plan, PrunePlan)  # (shrink takes no such budget)
             dense = sum(len(scores) for scores in self.scores(0).values())
             return 1 - sum(group.num_removed for group in plan.groups) / dense
         name = "latency_seconds" if metric == "latency" else metric
         return getattr(self.record(index), name) / getattr(self.record(0), name)
 
 
-def _read(dense: nn.Module, folder: Path) -> tuple[nn.Module, PrunePlan]:
-    plan = PrunePlan.from_json((folder / PLAN).read_text(encoding="utf-8"))
+def _read(dense: nn.Module, folder: Path) -> tuple[nn.Module, Plan]:
+    plan = read_plan((folder / PLAN).read_text(encoding="utf-8"))
     return load(dense, folder / MODEL).eval(), plan
 
 
 def _write(
     folder: Path,
     model: nn.Module,
-    plan: PrunePlan,
+    plan: Plan,
     record: RoundRecord,
     pruned: Path,
     optimizer: OptimizerState | None,

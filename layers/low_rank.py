@@ -7,7 +7,7 @@ Legend: o output channels, i input channels, k kernel positions, a and b ranks. 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,16 @@ class LowRankLinear(nn.Module):
         check_shape(self, "x", x, ("...", self.reduce.in_features))
         return self.expand(self.reduce(x))
 
+    @property
+    def in_features(self) -> int:
+        """As of the layer that it stands for."""
+        return self.reduce.in_features
+
+    @property
+    def out_features(self) -> int:
+        """As of the layer that it stands for."""
+        return self.expand.out_features
+
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """One linear layer that computes the same."""
@@ -97,6 +107,21 @@ class LowRankEmbedding(nn.Module):
     def forward(self, indices: Tensor) -> Tensor:
         return self.expand(self.table(indices))
 
+    @property
+    def num_embeddings(self) -> int:
+        """As of the layer that it stands for."""
+        return self.table.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """As of the layer that it stands for."""
+        return self.expand.out_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        """As of the layer that it stands for."""
+        return self.table.padding_idx
+
     @torch.no_grad()
     def merge(self) -> nn.Embedding:
         """One table that gives the same."""
@@ -106,7 +131,61 @@ class LowRankEmbedding(nn.Module):
         return merged
 
 
-class Tucker2Conv(nn.Module):
+class ThinConvs(nn.Module):
+    """Convolutions in a row, of which one at most has a kernel, a stride ... along each axis: their sizes as of one."""
+
+    @property
+    def in_channels(self) -> int:
+        """As of the convolution that they stand for, like all that follows."""
+        return self._convs[0].in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Of the last one."""
+        return self._convs[-1].out_channels
+
+    @property
+    def groups(self) -> int:
+        """Of all of them."""
+        return self._convs[0].groups
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """One number for each axis."""
+        return self._largest("kernel_size")
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """One number for each axis."""
+        return self._largest("stride")
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """One number for each axis."""
+        return self._largest("padding")
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """One number for each axis."""
+        return self._largest("dilation")
+
+    @property
+    def _convs(self) -> list[Conv]:
+        return cast("list[Conv]", list(self.children()))  # in the order in which they run
+
+    def _largest(self, name: str) -> tuple[int, ...]:
+        return tuple(map(max, *(getattr(conv, name) for conv in self._convs), (0,) * 3))
+
+    def _merged(self, weight: Tensor) -> Conv:
+        """One convolution of this weight, with the sampling of all."""
+        conv, bias = _CONVS[weight.dim() - 2], self._convs[-1].bias
+        options = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+        merged = conv(self.in_channels, self.out_channels, self.kernel_size, bias=bias is not None, **options)
+        _give(merged, weight, bias)
+        return merged
+
+
+class Tucker2Conv(ThinConvs):
     """1 x 1 convolution to `ranks[0]` channels, k x k to `ranks[1]`, 1 x 1 to out_channels; None leaves its 1 x 1 out.
 
     Its weight is w[o, i, k] = sum_(a, b) expand[o, a] core[a, b, k] reduce[b, i], the Tucker-2 decomposition. Stride,
@@ -181,9 +260,7 @@ class Tucker2Conv(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        check_shape(
-            self, "x", x, ("batch", (self.reduce or self.core).in_channels, *("*",) * len(self.core.kernel_size))
-        )
+        check_shape(self, "x", x, ("batch", self.in_channels, *("*",) * len(self.core.kernel_size)))
         y = self.core(x if self.reduce is None else self.reduce(x))
         return y if self.expand is None else self.expand(y)
 
@@ -196,11 +273,10 @@ class Tucker2Conv(nn.Module):
             weight = torch.einsum("gabk,gbi->gaik", weight, _by_group(self.reduce.weight, groups)[..., 0])
         if self.expand is not None:
             weight = torch.einsum("goa,gaik->goik", _by_group(self.expand.weight, groups)[..., 0], weight)
-        bias = (self.expand or core).bias
-        return _merged(core, weight.flatten(0, 1).unflatten(-1, core.kernel_size), bias, core)
+        return self._merged(weight.flatten(0, 1).unflatten(-1, core.kernel_size))
 
 
-class SpatialConv(nn.Module):
+class SpatialConv(ThinConvs):
     """A k x k convolution as two of one axis each: k x 1 to `rank` channels, then 1 x k, or the other way round.
 
     With `first` "vertical" its weight is w[o, i, y, x] = sum_a second[o, a, 1, x] first[a, i, y, 1]. Stride, padding
@@ -291,26 +367,9 @@ class SpatialConv(nn.Module):
         left = second.weight.unflatten(0, (groups, -1))
         right = first.weight.unflatten(0, (groups, -1))
         weight = torch.einsum("goahw,gaiyx->goihywx", left, right).flatten(-4, -3).flatten(-2, -1)
-        merged = _merged(first, weight.flatten(0, 1), second.bias, second)
+        merged = self._merged(weight.flatten(0, 1))
         assert isinstance(merged, nn.Conv2d)
         return merged
-
-
-def _merged(first: Conv, weight: Tensor, bias: Tensor | None, last: Conv) -> Conv:
-    """One convolution with the sampling of both; where each samples one axis, the other has the neutral value there."""
-    conv = _CONVS[weight.dim() - 2]
-    merged = conv(
-        weight.shape[1] * first.groups,
-        weight.shape[0],
-        tuple(weight.shape[2:]),
-        stride=tuple(map(max, first.stride, last.stride)),
-        padding=tuple(map(max, first.padding, last.padding)),
-        dilation=tuple(map(max, first.dilation, last.dilation)),
-        groups=first.groups,
-        bias=bias is not None,
-    )
-    _give(merged, weight, bias)
-    return merged
 
 
 def _by_group(weight: Tensor, groups: int) -> Tensor:

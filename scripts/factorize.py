@@ -53,7 +53,7 @@ class FactorizeConfig:
         validation: part of the training images, or how many, that is held out where --calibration is validation
         recover: refit what comes out to the dense model, without training
         epochs: of retraining after that; 0 for none
-        lr: peak learning rate of retraining, falling to 0
+        lr: peak learning rate of retraining, falling to 0; thin layers want a quarter of what wide ones do
         batch_size: images a step
         distill: part of the retraining loss that the dense model's outputs have, in [0, 1]; 0 learns from labels alone
         seed: of everything random
@@ -75,7 +75,7 @@ class FactorizeConfig:
     validation: float = 0.1
     recover: bool = True
     epochs: int = 0
-    lr: float = 0.02
+    lr: float = 0.005
     batch_size: int = 128
     distill: float = 0.9
     seed: int = 0

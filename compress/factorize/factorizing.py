@@ -16,7 +16,7 @@ from compress.factorize.means import keep_means
 from compress.factorize.options import METHODS, Layer, Option
 from compress.factorize.plan import FactorPlan
 from compress.factorize.selection import Choice, by_energy, cost, within_budget
-from compress.factorize.surgery import SPLITS, factors_of, insert
+from compress.factorize.surgery import SPLITS, balanced, factors_of, insert
 from compress.factorize.targets import Targets
 from compress.factorize.vbmf import by_vbmf, vbmf_inner_rank
 from compress.plan import PrunePlan
@@ -136,6 +136,7 @@ def factorize(
             made, model, PrunePlan.empty(), calibration, chosen_recovery, seed=seed, origins=plan.origins
         )
         notes += recovery.notes
+    balanced(made, plan)
     return FactorResult(made, plan, before, after, latency, left, tuple(notes), recovery)
 
 

@@ -68,11 +68,13 @@ class FactorPlan:
 
     def carry_out(self, model: nn.Module, *, inplace: bool = False, empty: bool = False) -> nn.Module:
         """See :meth:`compress.plans.Plan.carry_out`: layers are factorised by their own weights alone."""
-        from compress.factorize.surgery import insert
+        from compress.factorize.surgery import balanced, insert
         from compress.surgery import copied
 
         made = unwrapped(model) if inplace else copied(unwrapped(model))
         insert(made, self, empty=empty)
+        if not empty:
+            balanced(made, self)
         return made
 
     def to_json(self) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 from compress.errors import first_line
 from compress.factorize.plan import Factor, FactorPlan
-from compress.factorize.surgery import DENSE, insert
+from compress.factorize.surgery import DENSE, LOW_RANK, insert
 from compress.gram import MAX_INPUTS
 from compress.recorder import Trace
 from compress.rules.registry import base_name
@@ -86,6 +86,8 @@ def _why_not(site: Site, modules: Mapping[str, nn.Module], trace: Trace, uses: U
         return "its weight is no parameter of a module"
     if not name:
         return "it is the model itself"
+    if isinstance(modules[name.rpartition(".")[0]], LOW_RANK):
+        return "it is a thin layer already: prune it, or factorise the dense model anew"
     more = sorted({*owner.state_dict()} - {"weight", "bias"})
     if slot != "weight" or more or owner._modules:
         also = f" beside {more[0]}" if more and more[0] != slot else ""

@@ -13,11 +13,13 @@ from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.tables import Table
 from compress.sandbox import unwrapped
 from layers.attention import LowRankAttention
+from layers.balancing import balance
 from layers.low_rank import LowRankEmbedding, LowRankLinear, SpatialConv, Tucker2Conv
 from layers.replacing import replace_modules
 
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LowRank = LowRankLinear | LowRankEmbedding | Tucker2Conv | SpatialConv | LowRankAttention
+LOW_RANK = (LowRankLinear, LowRankEmbedding, Tucker2Conv, SpatialConv, LowRankAttention)
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear,),
     "embedding": (nn.Embedding,),
@@ -146,6 +148,13 @@ def _checked(model: nn.Module, factor: Factor) -> Any:
             f"{type(layer).__name__} with {shape}: apply it to a dense instance of the same architecture"
         )
     return layer
+
+
+def balanced(model: nn.Module, plan: FactorPlan) -> None:
+    """Factors of alike size in the thin layers of ``plan``, in place: see :mod:`layers.balancing`."""
+    for factor in plan.factors:
+        if factor.kind != "attention":  # is made so
+            balance(model.get_submodule(factor.module))
 
 
 def weight_of(layer: Any) -> Any:

@@ -22,6 +22,7 @@ from compress.rules.registry import base_name
 from compress.trace import ExampleInputs
 from compress.uses import Uses
 from compress.watch import Looks
+from layers.low_rank import LowRankEmbedding
 
 UNSEEN = 0.5  # occurrences that every token has more than were seen (Krichevsky & Trofimov 1981): none may be lost
 
@@ -125,6 +126,8 @@ def find_tables(model: nn.Module, trace: Trace) -> tuple[dict[str, Op], dict[str
         owner = modules.get(path)
         if type(owner) is not nn.Embedding or slot != "weight" or op.module != path or not path:
             reasons[name] = "it is a table that is not read through the call of an nn.Embedding"
+        elif isinstance(modules[path.rpartition(".")[0]], LowRankEmbedding):
+            reasons[name] = "it is a thin layer already: prune it, or factorise the dense model anew"
         elif owner.max_norm is not None or owner.scale_grad_by_freq or owner.sparse:
             reasons[name] = "its rows are renormalised, or have gradients of another kind"
         elif owners[id(owner.weight)] > 1:

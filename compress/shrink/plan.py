@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from compress.plan import PrunePlan
 from compress.plans import Plan, document, plan_kind, read_plan, reading
 from compress.sandbox import unwrapped
 from compress.surgery import copied
@@ -47,3 +48,11 @@ class ShrinkPlan:
         with reading(what := "a plan of several steps"):
             data = document(text, what, cls.kind, VERSION)
             return cls(tuple(read_plan(json.dumps(step)) for step in data["steps"]))
+
+
+def joined(first: Plan, second: Plan) -> Plan:
+    """One plan that does the ``first`` and then the ``second``, which is for the model that the first one makes."""
+    if isinstance(first, PrunePlan) and isinstance(second, PrunePlan):
+        return first.then(second)
+    steps = [step for plan in (first, second) for step in (plan.steps if isinstance(plan, ShrinkPlan) else (plan,))]
+    return ShrinkPlan(tuple(step for step in steps if step != PrunePlan.empty()))

@@ -14,6 +14,7 @@ from compress.errors import BudgetError, PruneError
 from compress.factorize.factorizing import GLANCE
 from compress.factorize.look import Look
 from compress.factorize.options import METHODS as FACTORISATIONS
+from compress.factorize.surgery import balanced
 from compress.factorize.targets import Targets
 from compress.pruning import PruneResult
 from compress.recover import Recovery, methods_of
@@ -137,6 +138,7 @@ def shrink(
             made, model, best.removed, calibration, recovery_methods, seed=seed, origins=factors.origins
         )
         notes += recovery.notes
+    balanced(made, factors)
     plan = ShrinkPlan(tuple(step for step in (best.removed, factors) if step != type(step)()))
     latency = relative_latency(made, model, example_inputs, seconds=PAIRS_SECONDS if metric == "latency" else GLANCE)
     left = {**targets.left, **best.left}

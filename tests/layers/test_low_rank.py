@@ -117,6 +117,30 @@ def test_given_factors_stay_their_own() -> None:
     assert expand.abs().sum() > 0
 
 
+CONV = {"stride": 2, "padding": (1, 2), "dilation": (1, 2)}
+SIZES = ("in_channels", "out_channels", "kernel_size", "groups", "stride", "padding", "dilation")
+
+
+@pytest.mark.parametrize(
+    ("thin", "dense", "names"),
+    [
+        (layers.LowRankLinear(6, 4, 2), nn.Linear(6, 4), ("in_features", "out_features")),
+        (
+            layers.LowRankEmbedding(9, 4, 2, padding_idx=1),
+            nn.Embedding(9, 4, padding_idx=1),
+            ("num_embeddings", "embedding_dim", "padding_idx"),
+        ),
+        (layers.SpatialConv(6, 8, (3, 5), 4, groups=2, **CONV), nn.Conv2d(6, 8, (3, 5), groups=2, **CONV), SIZES),
+        (layers.Tucker2Conv(6, 8, (3, 5), (2, None), **CONV), nn.Conv2d(6, 8, (3, 5), **CONV), SIZES),
+        (layers.Tucker2Conv(6, 8, (1, 5), (2, 4), **CONV), nn.Conv2d(6, 8, (1, 5), **CONV), SIZES),
+        (layers.Tucker2Conv(6, 8, (3,), (None, 4), padding=1), nn.Conv1d(6, 8, 3, padding=1), SIZES),
+    ],
+)
+def test_sizes_read_as_those_of_the_layer_that_it_stands_for(thin, dense, names: tuple[str, ...]) -> None:
+    assert {name: getattr(thin, name) for name in names} == {name: getattr(dense, name) for name in names}
+    assert {name: getattr(thin.merge(), name) for name in names} == {name: getattr(dense, name) for name in names}
+
+
 Z = torch.zeros
 BAD = [
     (lambda: layers.LowRankEmbedding(4, 0, 2), "LowRankEmbedding: embedding_dim must be an integer of at least 1"),

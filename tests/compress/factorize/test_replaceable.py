@@ -201,3 +201,29 @@ def _entering(model: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
     model(x)
     handle.remove()
     return seen[0]
+
+
+class Asking(nn.Module):
+    """It asks its layers for their sizes, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.conv, self.head = nn.Embedding(50, 16), nn.Conv1d(16, 16, 3, padding=1), nn.Linear(64, 12)
+
+    def forward(self, tokens):
+        x = self.tokens(tokens % self.tokens.num_embeddings) * self.tokens.embedding_dim**0.5
+        x = self.conv(x.mT).reshape(len(x), self.conv.out_channels, -1)
+        return self.head(x[..., :4].reshape(-1, self.head.in_features)) / self.conv.kernel_size[0]
+
+
+def test_a_model_that_asks_its_layers_for_sizes_runs_on_and_thin_layers_are_not_factorised_again() -> None:
+    torch.manual_seed(0)
+    model, tokens = Asking().eval(), torch.randint(0, 50, (64, 6))
+    options = {"calibration": [tokens], "recover": False}
+    thin = compress.factorize(model, tokens[:1], budget=Budget(params=0.5), **options)
+    assert {factor.module for factor in thin.plan.factors} == {"tokens", "conv", "head"}
+    assert thin.model(tokens).shape == (64, 12)
+    with pytest.raises(compress.PruneError, match="a thin layer already: prune it"):
+        compress.factorize(thin.model, tokens[:1], budget=Budget(params=0.9), **options)
+    pruned = compress.prune(thin.model, tokens[:1], budget=Budget(params=0.8))
+    assert pruned.model(tokens).shape == (64, 12)
