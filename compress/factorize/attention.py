@@ -6,6 +6,7 @@ What a rank loses of the scores (see :mod:`compress.factorize.heads`) is not wha
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from compress.sites import Site
 from compress.surgery import copied
 from compress.trace import ExampleInputs, as_arguments
 from compress.uses import Uses
+from compress.verify import same_outputs
 from compress.watch import Looks
 from layers.replacing import replace_modules
 
@@ -235,7 +237,7 @@ def _failing(names: Sequence[str], model: nn.Module, example_inputs: ExampleInpu
         replace_modules(made, {layer: each.train(layer.training) for layer, each in full.items()})
         return made
 
-    failed = failing(len(names), changed, model, example_inputs)
+    failed = failing(len(names), changed, partial(same_outputs, model, example_inputs=example_inputs))
     return {
         names[number]: "another attention in its place gives something else" + (f" ({error})" if error else "")
         for number, error in failed.items()

@@ -10,9 +10,9 @@ from compress.curvature import output_curvature, weighed
 from compress.factorize.attention import SAMPLES, Attention, MomentsCollector, losses, moments_of
 from compress.factorize.decompositions import Problem
 from compress.factorize.heads import Heads
+from compress.factorize.lookups import TokenCounter
 from compress.factorize.means import centred
 from compress.factorize.options import Layer, attention_layers, layers_of, table_layers
-from compress.factorize.tables import TokenCounter
 from compress.factorize.targets import Targets
 from compress.gram import GramCollector, Grams, GramSums
 from compress.recorder import Trace

@@ -8,6 +8,7 @@ exactly what the one does take its place, and the model must compute the same.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from compress.factorize.surgery import DENSE, LOW_RANK, insert
 from compress.gram import MAX_INPUTS
 from compress.recorder import Trace
 from compress.rules.registry import base_name
+from compress.sandbox import untouched
 from compress.sites import Site
 from compress.surgery import copied
-from compress.trace import ExampleInputs
+from compress.trace import ExampleInputs, as_arguments
 from compress.uses import Uses
 from compress.verify import culprits, same_outputs
+
+ASKED = "the model asks the layer for what a thin one does not have"
 
 
 def factorable(
@@ -42,7 +46,9 @@ def factorable(
             reasons[site.parameter] = reason
         else:
             found.append(site)
-    failed = _failing([site for site in found if not _is_plain(site, modules)], model, example_inputs)
+    plain = [site for site in found if _is_plain(site, modules)]
+    failed = _failing([site for site in found if site not in plain], model, example_inputs)
+    failed |= _asked_for_more(plain, model, example_inputs)
     return [site for site in found if site.parameter not in failed], reasons | failed
 
 
@@ -125,14 +131,31 @@ def _failing(sites: Sequence[Site], model: nn.Module, example_inputs: ExampleInp
     if not sites:
         return {}
     dense = _stirred(model, sites)
-    failed = failing(len(sites), lambda some: _doubled(dense, [sites[i] for i in some]), dense, example_inputs)
+    same = partial(same_outputs, dense, example_inputs=example_inputs)
+    failed = failing(len(sites), lambda some: _doubled(dense, [sites[i] for i in some]), same)
     return {sites[i].parameter: _reason(sites[i], model, error) for i, error in failed.items()}
 
 
+def _asked_for_more(sites: Sequence[Site], model: nn.Module, example_inputs: ExampleInputs) -> dict[str, str]:
+    """The reasons of layers that others ask for what thin ones do not have, ``layer.weight.dtype`` for example."""
+    failed = failing(
+        len(sites), lambda some: _doubled(model, [sites[i] for i in some]), partial(runs, example_inputs=example_inputs)
+    )
+    return {sites[i].parameter: f"{ASKED} ({error})" for i, error in failed.items()}
+
+
+def runs(model: nn.Module, example_inputs: ExampleInputs) -> bool:
+    """True, or the error with which it ends."""
+    args, kwargs = as_arguments(example_inputs)
+    with torch.no_grad(), untouched(model):
+        model.eval()(*args, **kwargs)
+    return True
+
+
 def failing(
-    number: int, changed: Callable[[Sequence[int]], nn.Module], model: nn.Module, example_inputs: ExampleInputs
+    number: int, changed: Callable[[Sequence[int]], nn.Module], fine: Callable[[nn.Module], bool]
 ) -> dict[int, str]:
-    """Which of ``number`` changes to ``model`` change what it computes, each with the error that it ends with, if any.
+    """Which of ``number`` changes make a model that is not ``fine``, each with the error that it ends with, if any.
 
     Args:
         changed: a copy of the model with some of the changes.
@@ -141,7 +164,7 @@ def failing(
 
     def holds(some: Sequence[int]) -> bool:
         try:
-            return same_outputs(model, changed(some), example_inputs)
+            return fine(changed(some))
         except Exception as error:  # noqa: BLE001  whatever the model does with what it finds in the layer's place
             errors.update({i: first_line(error) for i in some if len(some) == 1})
             return False

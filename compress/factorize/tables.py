@@ -6,23 +6,15 @@ the best (Chen et al. 2018, "GroupReduce", equation 3, with one group).
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.curvature import diagonal
 from compress.errors import PruneError
-from compress.recorder import Op, Trace
-from compress.rules.registry import base_name
-from compress.trace import ExampleInputs
-from compress.uses import Uses
-from compress.watch import Looks
-from layers.low_rank import LowRankEmbedding
+from compress.recorder import Op
 
 UNSEEN = 0.5  # occurrences that every token has more than were seen (Krichevsky & Trofimov 1981): none may be lost
 
@@ -89,68 +81,7 @@ class Table:
         return values.square(), right.T
 
 
-class TokenCounter:
-    """Counts tokens by table: a :class:`compress.watch.Collector`."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = set(names)
-        self._counts: dict[str, Tensor] = {}
-
-    def watch(self, trace: Trace, looks: Looks) -> None:
-        """Look at what each table is asked for."""
-        for name, op in _lookups(trace).items():
-            if name in self._names:
-                looks.add_after(op.index, self._look(name))
-
-    def begin(self, batch: int, inputs: ExampleInputs) -> None:
-        """Nothing to prepare."""
-
-    def result(self) -> Mapping[str, Tensor]:
-        """How often each token was asked for, by table."""
-        return self._counts
-
-    def _look(self, name: str) -> Any:
-        def look(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-            found = torch.bincount(args[1].flatten(), minlength=len(args[0])).cpu()
-            self._counts[name] = self._counts.get(name, 0) + found
-
-        return look
-
-
-def find_tables(model: nn.Module, trace: Trace) -> tuple[dict[str, Op], dict[str, str]]:
-    """The embeddings that can be replaced, by parameter, and why others cannot."""
-    modules, uses, found, reasons = dict(model.named_modules()), Uses(trace), {}, {}
-    owners = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
-    for name, op in _lookups(trace).items():
-        path, _, slot = name.rpartition(".")
-        owner = modules.get(path)
-        if type(owner) is not nn.Embedding or slot != "weight" or op.module != path or not path:
-            reasons[name] = "it is a table that is not read through the call of an nn.Embedding"
-        elif isinstance(modules[path.rpartition(".")[0]], LowRankEmbedding):
-            reasons[name] = "it is a thin layer already: prune it, or factorise the dense model anew"
-        elif owner.max_norm is not None or owner.scale_grad_by_freq or owner.sparse:
-            reasons[name] = "its rows are renormalised, or have gradients of another kind"
-        elif owners[id(owner.weight)] > 1:
-            reasons[name] = "its weight is shared with another module"
-        elif len(uses.of(trace.parameters[name].id)) > 1:
-            reasons[name] = "its weight is used more than once"
-        elif owner._forward_hooks or owner._forward_pre_hooks:
-            reasons[name] = "its module has hooks, which the thin layers would not call"
-        else:
-            found[name] = op
-    return found, reasons
-
-
 def price(op: Op, rank: int | None = None) -> tuple[int, int]:
     """MACs and weights of a table, or of a thin one and the layer behind it."""
     tokens, (rows, columns) = math.prod(op.outputs[0].shape[:-1]), op.arguments["weight"].shape
     return (0, rows * columns) if rank is None else (tokens * rank * columns, rank * (rows + columns))
-
-
-def _lookups(trace: Trace) -> dict[str, Op]:
-    names = {ref.id: name for name, ref in trace.parameters.items()}
-    return {
-        names[op.arguments["weight"].id]: op
-        for op in trace.evaluation
-        if base_name(op) == "embedding" and op.arguments["weight"].id in names
-    }

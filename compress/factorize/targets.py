@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from compress.factorize.attention import Attention, find_attentions, written_out
+from compress.factorize.lookups import find_tables
 from compress.factorize.replaceable import factorable, owner_of
-from compress.factorize.tables import find_tables
 from compress.names import protected
 from compress.recorder import Op, Trace
 from compress.sites import Site, find_sites
@@ -55,7 +55,7 @@ class Targets:
         sites, left = factorable(model, trace, free, example_inputs)
         weights = {name for name in whole if len(trace.parameters[name].shape) > 1}
         left |= dict.fromkeys(sorted(weights), "it is protected")
-        tables, others = find_tables(model, trace)
+        tables, others = find_tables(model, trace, example_inputs)
         if "svd" not in methods:
             others |= dict.fromkeys(tables, 'a table is factorised by the method "svd"')
         others |= dict.fromkeys(tables.keys() & whole, "it is protected")

@@ -227,3 +227,27 @@ def test_a_model_that_asks_its_layers_for_sizes_runs_on_and_thin_layers_are_not_
         compress.factorize(thin.model, tokens[:1], budget=Budget(params=0.9), **options)
     pruned = compress.prune(thin.model, tokens[:1], budget=Budget(params=0.8))
     assert pruned.model(tokens).shape == (64, 12)
+
+
+class Typed(nn.Module):
+    """It reads dtypes and devices off its layers, as the models of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(50, 16), nn.Embedding(50, 16)
+        self.wide, self.head = nn.Linear(16, 32), nn.Linear(32, 12)
+
+    def forward(self, tokens):
+        x = self.tokens(tokens) + self.places(tokens.to(self.places.weight.device))
+        return self.head(self.wide(x).to(self.head.weight.dtype))
+
+
+def test_layers_that_are_asked_for_their_weight_are_left_and_say_so() -> None:
+    torch.manual_seed(0)
+    model, tokens = Typed().eval(), torch.randint(0, 50, (64, 6))
+    thin = compress.factorize(model, tokens[:1], budget=Budget(params=0.8), calibration=[tokens], recover=False)
+    assert {factor.module for factor in thin.plan.factors} <= {"tokens", "wide"}
+    assert thin.model(tokens).shape == (64, 6, 12)
+    for name in ("places.weight", "head.weight"):
+        assert "asks the layer for what a thin one does not have" in thin.left[name]
+        assert "no attribute 'weight'" in thin.left[name]
