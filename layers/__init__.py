@@ -48,7 +48,8 @@ from layers.gated import GLU, GatedConv1d, GatedConv2d, GatedLinear
 from layers.highway import Highway, HighwayConv1d, HighwayConv2d
 from layers.inception import ConvStep, Inception, PoolStep
 from layers.inference import optimize_for_inference
-from layers.low_rank import LowRankEmbedding, LowRankLinear, SpatialConv, Tucker2Conv
+from layers.low_rank import LowRankEmbedding, LowRankLinear
+from layers.low_rank_conv import SpatialConv, Tucker2Conv
 from layers.memory import memory_efficient, recompute_cheap
 from layers.network import Network
 from layers.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d

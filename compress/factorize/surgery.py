@@ -14,7 +14,8 @@ from compress.factorize.tables import Table
 from compress.sandbox import unwrapped
 from layers.attention import LowRankAttention
 from layers.balancing import balance
-from layers.low_rank import LowRankEmbedding, LowRankLinear, SpatialConv, Tucker2Conv
+from layers.low_rank import LowRankEmbedding, LowRankLinear
+from layers.low_rank_conv import SpatialConv, Tucker2Conv
 from layers.replacing import replace_modules
 
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -112,7 +113,7 @@ def without_values(layer: Any, factor: Factor) -> LowRank:
 
 
 def unfactorize(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in which every layer of :mod:`layers.low_rank` is multiplied back into one layer.
+    """A copy of ``model`` in which every thin layer (:mod:`layers.low_rank`) is multiplied back into one layer.
 
     It computes the same, and has the class and the parameter names of the model before factorisation; a layer that was
     no layer of ``torch.nn`` becomes one.

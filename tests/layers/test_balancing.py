@@ -9,7 +9,8 @@ from torch import nn
 import compress
 from compress import Budget
 from layers.balancing import balance
-from layers.low_rank import LowRankEmbedding, LowRankLinear, SpatialConv, Tucker2Conv
+from layers.low_rank import LowRankEmbedding, LowRankLinear
+from layers.low_rank_conv import SpatialConv, Tucker2Conv
 
 D = torch.float64
 

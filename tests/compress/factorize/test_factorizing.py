@@ -9,7 +9,8 @@ from torch import nn
 import compress
 from compress import Budget, BudgetError, CalibrationError, FactorPlan, PruneError
 from compress.factorize import options
-from layers.low_rank import LowRankLinear, SpatialConv, Tucker2Conv
+from layers.low_rank import LowRankLinear
+from layers.low_rank_conv import SpatialConv, Tucker2Conv
 from tests.compress.helpers import assert_same
 
 METHODS = options.METHODS
