@@ -7,7 +7,8 @@
 >>> type(result.model[0]).__name__, result.after.macs <= result.before.macs / 2
 ('LowRankLinear', True)
 
-replaceable -> decompositions -> options -> selection (or clock) -> plan -> surgery;
+targets (replaceable, lookups, attention) -> look -> options (decompositions, tables, heads) -> selection (or clock) ->
+plan -> surgery;
 :func:`compress.recover.recover` refits what comes out.
 """
 
