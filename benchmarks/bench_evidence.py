@@ -22,7 +22,7 @@ from compress.activations import ActivationCollector, collect_activations
 from compress.channels import ChannelGraph
 from compress.gradients import collect_gradients
 from compress.gram import GramCollector, removable_sites
-from compress.watch import gather
+from compress.watch import Collector, gather
 from scripts.sources import build_model
 
 CASES = (  # model, image size, images, batch
@@ -70,7 +70,10 @@ def _forward(model: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _all(model: nn.Module, graph: ChannelGraph, data: Sequence[tuple[Tensor, Tensor]]) -> None:
-    collectors = [lambda: ActivationCollector(graph), lambda: GramCollector(removable_sites(graph), len(data))]
+    collectors: list[Callable[[], Collector]] = [
+        lambda: ActivationCollector(graph),
+        lambda: GramCollector(removable_sites(graph), len(data)),
+    ]
     gather(model, graph.trace, data, collectors)
 
 

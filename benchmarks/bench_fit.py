@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def timed_steps(name: str, batch_size: int, steps: int, repeats: int) -> dict[st
         train(model)
         return {"step": (time.process_time() - start) / steps}
 
-    timings = interleaved({way: lambda train=train: turn(train) for way, train in ways.items()}, repeats)
+    timings = interleaved({way: partial(turn, train) for way, train in ways.items()}, repeats)
     return {way: timing.median["step"] for way, timing in timings.items()}
 
 

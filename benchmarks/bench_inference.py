@@ -17,6 +17,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _measure(name: str, batch: int, budget: float, *, quick: bool) -> dict[str, 
         ours = {"torch": layers.optimize_for_inference(model, x)}
         if not quick:
             ours["auto"] = layers.optimize_for_inference(model, x, backend="auto")
-        contestants |= {f"ours: {key}": (lambda fast=fast: fast(x)) for key, fast in ours.items()}
+        contestants |= {f"ours: {key}": partial(fast, x) for key, fast in ours.items()}
         for contestant in contestants.values():
             for _ in range(3):
                 contestant()
@@ -121,7 +122,7 @@ def _by_runtimes(model: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]
         except BackendError as error:
             print(f"{name} does not take part: {error}", file=sys.stderr)
             continue
-        found[name] = lambda program=program: program.run(x)
+        found[name] = partial(program.run, x)
     return found
 
 

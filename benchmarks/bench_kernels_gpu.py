@@ -12,6 +12,7 @@ CUDA event times.
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -92,7 +93,7 @@ def training_steps(batch: int, size: int, device: str, repeats: int, compiled: b
     for name, make in ways.items():
         model = make(torchvision.models.resnet50().to(device, memory_format=torch.channels_last))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        result[name] = seconds(lambda model=model, optimizer=optimizer: step(model, optimizer), repeats, device)
+        result[name] = seconds(partial(step, model, optimizer), repeats, device)
     return result
 
 

@@ -11,6 +11,7 @@ All are whole epochs over the same batches; ``fit`` pays for its start, epoch an
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         skipped("UPGrad and PCGrad: torchjd is not installed; run: pip install 'prunus[gradients]'")
     else:
         for method in ("upgrad", "pcgrad"):
-            contestants[f"fit {method}"] = lambda method=method: _timed(_by_fit, batches, method)
-            contestants[f"torchjd {method}"] = lambda method=method: _timed(_by_torchjd, batches, method)
+            contestants[f"fit {method}"] = partial(_timed, _by_fit, batches, method)
+            contestants[f"torchjd {method}"] = partial(_timed, _by_torchjd, batches, method)
     timings = interleaved(contestants, config.repeats)
     seconds = {name: timing.median["epoch"] / config.steps for name, timing in timings.items()}
     ratios = {"uncertainty": seconds["fit uncertainty"] / seconds["uncertainty by hand"]}
@@ -124,7 +125,7 @@ def _by_hand(model: HardShared, batches: Batches, uncertainty: bool) -> None:
         else:
             total = sum(losses.values())
         optimizer.zero_grad()
-        total.backward()  # type: ignore[union-attr]
+        total.backward()
         optimizer.step()
         for name, loss in losses.items():
             sums[name] += loss.item()

@@ -10,6 +10,7 @@ them. Labels are used for nothing but the accuracy on the test images.
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,13 @@ def _methods(
 
     unlabelled = [name for name in config.criterion if "gradients" not in needs(CRITERIA[name])]
     methods: dict[str, Callable[[], nn.Module]] = {
-        f"{name}, {'recovered' if recover else 'nothing else'}": lambda name=name, recover=recover: ours(name, recover)
+        f"{name}, {'recovered' if recover else 'nothing else'}": partial(ours, name, recover)
         for name in unlabelled
         for recover in ((False, True) if name == "l1" else (True,))
     }
     for name in ("MagnitudeImportance", "BNScaleImportance", "LAMPImportance"):
-        methods[f"torch-pruning {name}, batch norms re-estimated"] = lambda name=name: _torch_pruning(
-            model, name, fraction, batches
+        methods[f"torch-pruning {name}, batch norms re-estimated"] = partial(
+            _torch_pruning, model, name, fraction, batches
         )
     return methods
 

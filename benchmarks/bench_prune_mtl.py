@@ -136,12 +136,13 @@ def _stack(config: Any, seed: int) -> list[dict[str, Any]]:
     coupling = TraceNorm(config.strength, of="deviations", proximal=True)
     model, _ = trained_stack(seed, config.stack_epochs, coupling)
     data = digits()
-    size = compress.measure(model, data.test.images[:1]).params
+    example = _tensor(data.test.images)[:1]
+    size = compress.measure(model, example).params
     small = model.collapse(energy=config.energy)
-    kept = compress.measure(small, data.test.images[:1]).params / size
+    kept = compress.measure(small, example).params / size
     result = compress.prune(
         small,
-        data.test.images[:1],
+        example,
         budget=compress.Budget(params=min(1.0, config.params / kept)),
         criterion="taylor",
         combine="balanced",

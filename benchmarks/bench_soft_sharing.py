@@ -127,7 +127,7 @@ def _penalty(config: Any) -> Result:
         errors.append(float((found.double().flatten() - true).norm() / true.norm().clamp(min=1)))
     seconds = _seconds({"svd": svd, "gram": gram}, config.pairs, device)
     speedup = 1 / _ratio(seconds["gram"], seconds["svd"])
-    result = {
+    result: Result = {
         "seconds": {name: median(runs) for name, runs in seconds.items()},
         "speedup": speedup,
         "relative_error_of_value": abs(float(value / value_of_svd) - 1),

@@ -126,6 +126,8 @@ class Network(nn.Module):
         """Over the images of each task where the module is private, of all tasks where it is shared."""
         weight, bias = (self.stacks[f"norm{number}_{kind}"].flatten() for kind in ("weight", "bias"))
         own = self.statistics[f"norm{number}"]
+        assert isinstance(own, nn.BatchNorm2d)
+        assert own.momentum is not None
         shared = len(weight) < x.shape[1]
         if shared:  # tasks from the axis of channels to that of images, in the memory order of channels_last
             x = x.permute(0, 2, 3, 1).unflatten(3, (self.num_tasks, -1)).movedim(3, 1).flatten(0, 1).permute(0, 3, 1, 2)
@@ -173,6 +175,7 @@ def train(arm: Arm, recipe: Recipe, data: Mapping[str, TaskData], seed: int, spl
     rows = torch.arange(int(sizes.max()))[:, None] % sizes  # all, those of small tasks several times
     network.train()
     for norm in network.statistics.values():
+        assert isinstance(norm, nn.BatchNorm2d)
         norm.momentum = 1.0
     with torch.no_grad():
         network.features(images[starts + rows, 0])
