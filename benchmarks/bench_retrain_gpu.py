@@ -4,7 +4,8 @@ Claim: ResNet-56 (93.39 %) has 93.8 % at 2.12 x fewer MACs, 93.7 % at 2.57 x and
 best that was published: DepGraph 93.77 % at 2.13 x and 93.64 % at 2.57 x from 93.53 %, PPSM 93.22 % at 4.1 x.
 
 The flags are those of ``bench_retrain.py``; name ``--checkpoint layers:resnet56_cifar=FILE@0.4717,0.3891,0.25`` and
-``--data``. ``--dry-run`` goes through all of it in a few batches, on a CPU too.
+``--data``. Thin layers want a quarter of the learning rate: ``--methods shrink --lr 0.025``. ``--dry-run`` goes through
+all of it in a few batches, on a CPU too.
 """
 
 import sys

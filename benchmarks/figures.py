@@ -37,6 +37,7 @@ def table(results: Path) -> str:
         ("bench_shrink_r20", _shrink),
         ("bench_shrink_r56", _shrink),
         ("bench_retrain", _retrain),
+        ("bench_retrain_shrink", _retrain),
         ("bench_retrain_gpu", _retrain),
         ("bench_school", _school),
         ("bench_omniglot", _omniglot),
@@ -139,7 +140,9 @@ def _retrain(found: dict[str, Any]) -> list[tuple[str, str]]:
     for (model, budget), methods in accuracies.items():
         means = {name: mean(values) for name, values in methods.items()}
         what = f"{model.rpartition(':')[2]} to {budget:.1%} of the MACs, {found['settings']['epochs']} epochs in all"
-        figure = f"{means.pop('ours'):.2%} test accuracy (seeds: {len(methods['ours'])})" if "ours" in means else ""
+        names = {"ours": "prune", "shrink": "shrink"}
+        own = [f"{means.pop(n):.2%} ({names[n]}, seeds: {len(methods[n])})" for n in ("shrink", "ours") if n in means]
+        figure = f"test accuracy: {', '.join(own)}" if own else ""
         peers = {name: value for name, value in means.items() if "+" not in name}
         if best := max(peers, key=peers.__getitem__, default=None):
             figure += f"; Torch-Pruning's best ({best}): {peers[best]:.2%} (seeds: {len(methods[best])})"

@@ -37,8 +37,11 @@ def test_a_training_budget_is_shown_with_the_best_of_the_peer() -> None:
     (row,) = figures._retrain(found)
     assert row == (
         "net to 50.0% of the MACs, 10 epochs in all",
-        "91.50% test accuracy (seeds: 2); Torch-Pruning's best (taylor): 90.50% (seeds: 2)",
+        "test accuracy: 91.50% (prune, seeds: 2); Torch-Pruning's best (taylor): 90.50% (seeds: 2)",
     )
+    both = {"model": "layers:net", "method": "shrink", "budget": 0.5, "seed": 0, "accuracy": 0.93}
+    ((_, figure),) = figures._retrain({"settings": {"epochs": 10}, "rows": [*rows[:3], both]})
+    assert figure == "test accuracy: 93.00% (shrink, seeds: 1), 91.50% (prune, seeds: 2)"
 
 
 def test_the_best_way_of_sharing_is_shown_where_all_seeds_are_there() -> None:
