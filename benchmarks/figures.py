@@ -121,7 +121,8 @@ def _shrink(found: dict[str, Any]) -> list[tuple[str, str]]:
         for method in ("shrink", "factorize", "prune"):
             values = {b: [r["accuracy"] for r in own if (r["method"], r["budget"]) == (method, b)] for b in budgets}
             means = " / ".join(f"{100 * mean(values[b]):.2f}" if values[b] else "-" for b in budgets)
-            texts += [f"{method} {means} % (draws: {max(map(len, values.values()))})"] if any(values.values()) else []
+            draws = " / ".join(str(len(values[b])) for b in budgets)
+            texts += [f"{method} {means} % (draws: {draws})"] if any(values.values()) else []
         kept = " / ".join(f"{100 * budget:.3g}" for budget in budgets)
         what = (
             f"{model.rpartition(':')[2]} to {kept} % of the MACs without training, {found['settings']['images']} images"
