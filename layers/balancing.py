@@ -2,8 +2,8 @@
 
 The gradient of one factor grows with the size of the other. A decomposition gives one that is near an orthonormal basis
 and one that carries the singular values: where these differ by 30 x, the small one takes steps that are 900 x too large
-at a learning rate that suits the other. With norms alike, as in "spectral initialisation", learning rates of the dense
-layer suit both. Source: Khodak et al. 2021, "Initialization and regularization of factorized neural layers", section 3.
+at a learning rate that suits the other. With norms alike, as in "spectral initialisation", one rate suits both. Source:
+Khodak et al. 2021, "Initialization and regularization of factorized neural layers", section 3.
 """
 
 from itertools import pairwise

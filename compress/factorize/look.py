@@ -28,15 +28,15 @@ class Look:
 
     ``grams`` are of the inputs of sites, ``counts`` how often each token was looked up, ``pairs`` what meets in each
     attention, ``curvature`` what errors of tables cost the model's outputs (that of sites is part of ``grams``).
-    ``competing`` layers share one budget: their errors are compared, and those of what a constant makes up for do not
-    count.
+    ``samples`` are a few of the data, where there are attentions. ``competing`` layers share one budget: their errors
+    are compared, and those of what a constant makes up for do not count.
     """
 
     grams: Mapping[Key, GramSums]
     counts: Mapping[str, Tensor]
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     curvature: Mapping[Key, Tensor]
-    samples: ExampleInputs
+    samples: ExampleInputs | None
     competing: bool
 
     @staticmethod
@@ -57,6 +57,8 @@ class Look:
         """
         known = known or {}
         sites = [site for site in targets.every_site if site.key not in known]
+        if not (sites or targets.tables or targets.attentions):  # no pass over the data that nobody needs
+            return Look(known, {}, {}, {}, None, competing)
         grams, counts, pairs = gather(
             model,
             trace,
@@ -69,7 +71,9 @@ class Look:
         )
         assert isinstance(grams, Grams)
         curvature = output_curvature(model, calibration, sites, targets.tables, seed=seed) if competing else {}
-        samples = next(iter(first_samples((inputs for inputs, _ in batches(calibration, model)), SAMPLES)))
+        samples = None
+        if targets.attentions:
+            samples = next(iter(first_samples((inputs for inputs, _ in batches(calibration, model)), SAMPLES)))
         of_tables = {key: matrix for key, matrix in curvature.items() if key[0] in targets.tables}
         return Look({**known, **weighed(grams.sums, curvature)}, counts, pairs, of_tables, samples, competing)
 
@@ -105,4 +109,7 @@ class Look:
             assert isinstance(layer, nn.MultiheadAttention)
             if known is not None and pair is not None and pair[0].shape[:2] == (layer.num_heads, layer.head_dim):
                 heads[name] = Heads.of(layer, moments_of(known, pair, each.num_heads))
-        return attention_layers(model, attentions, heads, losses(model, heads, self.samples)) if heads else []
+        if not heads:
+            return []
+        assert self.samples is not None
+        return attention_layers(model, attentions, heads, losses(model, heads, self.samples))

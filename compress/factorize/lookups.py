@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.factorize.replaceable import ASKED, failing, runs
+from compress.factorize.replaceable import ASKED, THIN, failing, runs
 from compress.recorder import Op, Trace
 from compress.rules.registry import base_name
 from compress.surgery import copied
@@ -57,7 +57,7 @@ def find_tables(model: nn.Module, trace: Trace, example_inputs: ExampleInputs) -
         if type(owner) is not nn.Embedding or slot != "weight" or op.module != path or not path:
             reasons[name] = "it is a table that is not read through the call of an nn.Embedding"
         elif isinstance(modules[path.rpartition(".")[0]], LowRankEmbedding):
-            reasons[name] = "it is a thin layer already: prune it, or factorise the dense model anew"
+            reasons[name] = THIN
         elif owner.max_norm is not None or owner.scale_grad_by_freq or owner.sparse:
             reasons[name] = "its rows are renormalised, or have gradients of another kind"
         elif owners[id(owner.weight)] > 1:

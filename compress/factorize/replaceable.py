@@ -27,6 +27,7 @@ from compress.trace import ExampleInputs, as_arguments
 from compress.uses import Uses
 from compress.verify import culprits, same_outputs
 
+THIN = "it is a thin layer already: prune it, or factorise the dense model anew"
 ASKED = "the model asks the layer for what a thin one does not have"
 
 
@@ -46,9 +47,8 @@ def factorable(
             reasons[site.parameter] = reason
         else:
             found.append(site)
-    plain = [site for site in found if _is_plain(site, modules)]
-    failed = _failing([site for site in found if site not in plain], model, example_inputs)
-    failed |= _asked_for_more(plain, model, example_inputs)
+    failed = _failing([site for site in found if not _is_plain(site, modules)], model, example_inputs)
+    failed |= _asked_for_more([site for site in found if _is_plain(site, modules)], model, example_inputs)
     return [site for site in found if site.parameter not in failed], reasons | failed
 
 
@@ -93,7 +93,7 @@ def _why_not(site: Site, modules: Mapping[str, nn.Module], trace: Trace, uses: U
     if not name:
         return "it is the model itself"
     if isinstance(modules[name.rpartition(".")[0]], LOW_RANK):
-        return "it is a thin layer already: prune it, or factorise the dense model anew"
+        return THIN
     more = sorted({*owner.state_dict()} - {"weight", "bias"})
     if slot != "weight" or more or owner._modules:
         also = f" beside {more[0]}" if more and more[0] != slot else ""

@@ -201,7 +201,7 @@ class Allocation:
 
 def _of_columns(matrix: Tensor, stays: Tensor | None) -> Tensor:
     """Those of a table's curvature (1, D, D) or (1, D)."""
-    if stays is None or matrix.shape[-1] != len(stays):
+    if stays is None:
         return matrix
     return matrix[:, stays] if matrix.dim() == 2 else matrix[:, stays][:, :, stays]
 
