@@ -1,30 +1,47 @@
 import json
 from pathlib import Path
 
-from benchmarks import figures
+from benchmarks import claims, figures
 
 
-def test_readme_shows_the_committed_results() -> None:
+def test_readme_and_the_page_show_the_committed_results() -> None:
     text = figures.README.read_text(encoding="utf-8")
     shown = text.partition(figures.BEGIN)[2].partition(figures.END)[0]
-    assert shown == figures.table(figures.RESULTS), "results are newer than README.md: python benchmarks/figures.py"
+    assert shown == figures.headlines(figures.RESULTS), "results are newer than README.md: python benchmarks/figures.py"
+    written = figures.PAGE.read_text(encoding="utf-8")
+    assert written == figures.page(figures.RESULTS), f"results are newer than {figures.PAGE}: benchmarks/figures.py"
+
+
+def test_every_file_of_results_is_shown() -> None:
+    named = {name for names in figures.SECTIONS.values() for name in names}
+    assert {path.stem for path in figures.RESULTS.glob("*.json")} <= named
+    assert set(figures.HEADLINES) <= named
 
 
 def test_a_claim_without_results_has_no_row(tmp_path: Path) -> None:
+    rows = [{"model": "layers:net", "budget": 0.5, "seed": 0, "method": "ours", "accuracy": 0.8}]
+    rows += [{**rows[0], "budget": 0.25, "accuracy": 0.7}]
     found = {
-        "command": "python benchmarks/bench_prune_cifar.py",
+        "command": "python benchmarks/bench_retrain.py --seeds 0 && python benchmarks/bench_retrain.py --seeds 1",
         "device": {"gpu": None, "cpu": "abacus", "threads": 1},
         "versions": {"torch": "2.15.0"},
-        "settings": {"model": "layers:net", "rounds": 3, "epochs": 2},
-        "rounds": [{"accuracy": 0.9, "macs_kept": 1.0}, {"accuracy": 0.8, "macs_kept": 0.5}],
+        "settings": {"epochs": 2},
+        "rows": rows,
     }
-    (tmp_path / "bench_prune_cifar.json").write_text(json.dumps(found))
-    assert figures.table(tmp_path).splitlines()[2:] == [
-        "| net to 50% of the MACs, 3 rounds of 2 epochs | 90.00% -> 80.00% test accuracy "
-        "| `python benchmarks/bench_prune_cifar.py` |",
-        "",
-        "Measured on: `bench_prune_cifar`: abacus, threads: 1, PyTorch 2.15.0.",
+    (tmp_path / "bench_retrain.json").write_text(json.dumps(found))
+    rows_shown = [
+        "| net to 50.0% of the MACs, 2 epochs in all | test accuracy: 80.00% (prune, seeds: 1) |",
+        "| net to 25.0% of the MACs, 2 epochs in all | test accuracy: 70.00% (prune, seeds: 1) |",
     ]
+    assert figures.headlines(tmp_path).splitlines()[2:] == [
+        f"{rows_shown[0]} `{found['command']}` |",
+        "",
+        "On abacus, threads: 1, PyTorch 2.15.0.",
+    ]
+    page = figures.page(tmp_path).splitlines()
+    assert page[-4:] == ["| what | measured |", "|---|---|", *rows_shown]
+    assert [line for line in page if line.startswith("#")] == ["# Measured", "## With training", "### bench_retrain"]
+    assert "python benchmarks/bench_retrain.py --seeds 0 && \\" in page  # one command a line
 
 
 def test_a_training_budget_is_shown_with_the_best_of_the_peer() -> None:
@@ -34,13 +51,13 @@ def test_a_training_budget_is_shown_with_the_best_of_the_peer() -> None:
             measured = {"budget": 0.5, "seed": seed, "accuracy": accuracy + seed / 100}
             rows.append({"model": "layers:net", "method": method, **measured})
     found = {"settings": {"epochs": 10}, "rows": rows}
-    (row,) = figures._retrain(found)
+    (row,) = claims.retrained(found)
     assert row == (
         "net to 50.0% of the MACs, 10 epochs in all",
         "test accuracy: 91.50% (prune, seeds: 2); Torch-Pruning's best (taylor): 90.50% (seeds: 2)",
     )
     both = {"model": "layers:net", "method": "shrink", "budget": 0.5, "seed": 0, "accuracy": 0.93}
-    ((_, figure),) = figures._retrain({"settings": {"epochs": 10}, "rows": [*rows[:3], both]})
+    ((_, figure),) = claims.retrained({"settings": {"epochs": 10}, "rows": [*rows[:3], both]})
     assert figure == "test accuracy: 93.00% (shrink, seeds: 1), 91.50% (prune, seeds: 2)"
 
 
@@ -49,13 +66,13 @@ def test_the_best_way_of_sharing_is_shown_where_all_seeds_are_there() -> None:
     gain = {"gain": 0.02, "gain_low": 0.01, "gain_high": 0.03}
     all_of_it = {"drawings": 2, "arm": "all", "seeds": 5, "accuracy": 0.72, **gain}
     interrupted = {**all_of_it, "arm": "first two", "seeds": 2, "gain": 0.05}
-    assert figures._omniglot({"summary": [alone, all_of_it, interrupted]}) == [
+    assert claims.omniglot({"summary": [alone, all_of_it, interrupted]}) == [
         (
             "Omniglot, accuracy from 2 drawings of a character",
             "72.0% (all), 70.0% (a network per alphabet): +2.0 points (+1.0 to +3.0, seeds: 5)",
         )
     ]
-    assert figures._omniglot({"summary": [alone, {**alone, "drawings": 1}]}) == []
+    assert claims.omniglot({"summary": [alone, {**alone, "drawings": 1}]}) == []
 
 
 def test_a_model_that_lacks_splits_is_not_the_best() -> None:
@@ -64,5 +81,5 @@ def test_a_model_that_lacks_splits_is_not_the_best() -> None:
         {"train": 0.75, "model": name, "splits": splits, "explained": explained}
         for name, splits, explained in zip(names, (10, 10, 1), (0.35, 0.378, 0.39), strict=True)
     ]
-    ((_, figure),) = figures._school({"summary": lines})
+    ((_, figure),) = claims.school({"summary": lines})
     assert figure.startswith("37.8% (trace norm of deviations)")
