@@ -105,7 +105,10 @@ def factorize(
     trace = record(model, example_inputs, training=False)
     before = cost_of(model, trace)
     targets = Targets.of(model, trace, methods, protect, example_inputs)
-    look = Look.at(model, trace, targets, calibration, competing=budget is not None, seed=seed)
+    look = Look.at(
+        model, trace, targets, calibration,
+        competing=budget is not None, recovered="least_squares" in chosen_recovery, seed=seed,
+    )  # fmt: skip
     inner_rank = vbmf_inner_rank if energy == "vbmf" else None
     layers, left = look.layers(model, targets, methods, inner_rank, refined=budget is not None)
     if not layers:

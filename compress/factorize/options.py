@@ -47,7 +47,8 @@ class Option:
 class Layer:
     """A layer that can be factorised: its cost as it is, and its options. ``energy`` is the error of giving nothing.
 
-    ``shape`` and ``settings`` are those of :class:`compress.factorize.plan.Factor`.
+    ``shape`` and ``settings`` are those of :class:`compress.factorize.plan.Factor`; ``counts`` is what its errors count
+    beside those of other layers.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Layer:
     shape: tuple[int, ...] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     latency: int = 0
+    counts: float = 1.0
 
     def factor(self, option: Option) -> Factor:
         """The entry of a plan."""

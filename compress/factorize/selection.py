@@ -77,7 +77,7 @@ def _steps(
     for layer in layers:
         hull: list[tuple[int, float, Option | None]] = [(cost(layer, metric), 0.0, None)]
         for option in options[layer.name]:
-            point = cost(option, metric), option.error, option
+            point = cost(option, metric), layer.counts * option.error, option
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
                 hull.pop()
             hull.append(point)
@@ -102,16 +102,15 @@ def _given_back(
     metric: str,
     slack: int,
 ) -> Choice:
-    whole = {layer.name: cost(layer, metric) for layer in layers}
+    own = {layer.name: layer for layer in layers}
     while True:
         better: list[tuple[float, str, Option | None, int]] = []
         for name, option in chosen.items():
-            room = cost(option, metric) + slack
-            if whole[name] <= room:
-                better.append((option.error, name, None, whole[name] - cost(option, metric)))
-                continue
-            found = _closest(options[name], metric, room)
-            better.append((option.error - found.error, name, found, cost(found, metric) - cost(option, metric)))
+            whole, room = cost(own[name], metric), cost(option, metric) + slack
+            found = None if whole <= room else _closest(options[name], metric, room)
+            gain = own[name].counts * (option.error - (0.0 if found is None else found.error))
+            spent = (whole if found is None else cost(found, metric)) - cost(option, metric)
+            better.append((gain, name, found, spent))
         gain, name, replacement, spent = max(better, key=lambda b: b[0], default=(0.0, "", None, 0))
         if gain <= 0:
             return chosen

@@ -41,6 +41,13 @@ class Targets:
         layers = {owner_of(site): tuple(site.source.shape) for site in self.sites}
         return layers | {name: each.source for name, each in self.attentions.items()}
 
+    @property
+    def operators(self) -> dict[str, Op]:
+        """That run each of them first, by module."""
+        layers = {owner_of(site): site.op for site in reversed(self.sites)}
+        tables = {name.removesuffix(".weight"): op for name, op in self.tables.items()}
+        return layers | tables | {name: each.site.op for name, each in self.attentions.items()}
+
     @staticmethod
     def of(
         model: nn.Module,
