@@ -106,36 +106,44 @@ def retrained(found: Results) -> list[Row]:
 
 
 def school(found: Results) -> list[Row]:
-    """A row for each part to train on: the best model, one with a known figure, and the plainest."""
-    rows = []
+    """For each part to train on the best model, one with a known figure, and the plainest; then all of them."""
+    best, every = [], []
     for part in sorted({row["train"] for row in found["summary"]}, reverse=True):
         own = [row for row in found["summary"] if row["train"] == part]
         splits = max(row["splits"] for row in own)  # a model that lacks some, since a run was interrupted, is left out
-        explained = {row["model"]: row["explained"] for row in own if row["splits"] == splits}
-        best = max(explained, key=explained.__getitem__)
+        own = sorted((row for row in own if row["splits"] == splits), key=lambda row: -row["explained"])
+        explained = {row["model"]: row["explained"] for row in own}
         alone, deviations = explained["independent ridge"], explained["trace norm of deviations"]
-        figure = (
-            f"{explained[best]:.1%} ({best}), {deviations:.1%} (trace norm of deviations), {alone:.1%} (each alone)"
+        figure = f"{own[0]['explained']:.1%} ({own[0]['model']}), {deviations:.1%} (trace norm of deviations)"
+        best.append(
+            (f"School data, variance explained from {part:.0%} of the students", f"{figure}, {alone:.1%} (each alone)")
         )
-        rows.append((f"School data, variance explained from {part:.0%} of the students", figure))
-    return rows
+        every += [
+            (f"from {part:.0%}, {row['model']}", f"{row['explained']:.2%}, deviation over {splits} splits "
+             f"{row['deviation']:.2%}; by the variance within schools {row['within']:.2%}")
+            for row in own
+        ]  # fmt: skip
+    return best + every
 
 
 def omniglot(found: Results) -> list[Row]:
-    """A row for each number of drawings: the best way of sharing that all seeds have."""
-    rows = []
+    """For each number of drawings the best way of sharing that all seeds have; then all of them, the best first."""
+    best, every = [], []
     for drawings in sorted({line["drawings"] for line in found["summary"]}):
         lines = {line["arm"]: line for line in found["summary"] if line["drawings"] == drawings}
         alone = lines.get("single-task", {"seeds": 0})
         gains = [line for line in lines.values() if "gain" in line and line["seeds"] == alone["seeds"]]
-        if gains:
-            best = max(gains, key=lambda line: line["gain"])
-            gain, low, high = (f"{100 * best[name]:+.1f}" for name in ("gain", "gain_low", "gain_high"))
-            figure = f"{best['accuracy']:.1%} ({best['arm']}), {alone['accuracy']:.1%} (a network per alphabet): "
-            figure += f"{gain} points ({low} to {high}, seeds: {best['seeds']})"
-            number = f"{drawings} drawing{'s' if drawings > 1 else ''}"
-            rows.append((f"Omniglot, accuracy from {number} of a character", figure))
-    return rows
+        number = f"{drawings} drawing{'s' if drawings > 1 else ''}"
+        rows = []
+        for line in sorted(gains, key=lambda line: -line["gain"]):
+            gain, low, high = (f"{100 * line[name]:+.1f}" for name in ("gain", "gain_low", "gain_high"))
+            points = f"{gain} points ({low} to {high}, seeds: {line['seeds']})"
+            rows.append((line["arm"], f"{line['accuracy']:.1%}", points))
+        for arm, accuracy, points in rows[:1]:
+            figure = f"{accuracy} ({arm}), {alone['accuracy']:.1%} (a network per alphabet): {points}"
+            best.append((f"Omniglot, accuracy from {number} of a character", figure))
+        every += [(f"from {number}, {arm}", f"{accuracy}: {points}") for arm, accuracy, points in rows]
+    return best + every
 
 
 def weighting_step(found: Results) -> list[Row]:

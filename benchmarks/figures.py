@@ -68,8 +68,8 @@ HEADLINES = {  # how many rows of each README.md shows
     "bench_retrain": 1,
     "bench_retrain_shrink": 1,
     "bench_inference": 1,
-    "bench_school": 1,
-    "bench_omniglot": 2,
+    "bench_school": 2,
+    "bench_omniglot": 3,
     "bench_soft_sharing": 2,
 }
 

@@ -70,16 +70,19 @@ def test_the_best_way_of_sharing_is_shown_where_all_seeds_are_there() -> None:
         (
             "Omniglot, accuracy from 2 drawings of a character",
             "72.0% (all), 70.0% (a network per alphabet): +2.0 points (+1.0 to +3.0, seeds: 5)",
-        )
+        ),
+        ("from 2 drawings, all", "72.0%: +2.0 points (+1.0 to +3.0, seeds: 5)"),
     ]
     assert claims.omniglot({"summary": [alone, {**alone, "drawings": 1}]}) == []
 
 
 def test_a_model_that_lacks_splits_is_not_the_best() -> None:
     names = ("independent ridge", "trace norm of deviations", "stack")
+    spread = {"deviation": 0.01, "within": 0.28}
     lines = [
-        {"train": 0.75, "model": name, "splits": splits, "explained": explained}
+        {"train": 0.75, "model": name, "splits": splits, "explained": explained, **spread}
         for name, splits, explained in zip(names, (10, 10, 1), (0.35, 0.378, 0.39), strict=True)
     ]
-    ((_, figure),) = claims.school({"summary": lines})
+    (_, figure), *every = claims.school({"summary": lines})
     assert figure.startswith("37.8% (trace norm of deviations)")
+    assert [what for what, _ in every] == ["from 75%, trace norm of deviations", "from 75%, independent ridge"]
