@@ -27,6 +27,7 @@ from compress.trial import first_samples
 NUM_SAMPLES = 256  # of all batches together, evenly
 MAX_OUTPUTS = 2048  # of a group: of more (32 MB a matrix) the diagonal is enough
 WEIGHT = {"Convolution": 1, "Addmm": 2, "Mm": 1, "Bmm": 1, "Embedding": 0}  # which input of an operator the weight is
+LOOKUP = -1  # the first use of an embedding's weight as one: a tied weight is also used by sites, counted from 0
 
 Node = torch.autograd.graph.Node
 
@@ -53,7 +54,7 @@ def output_curvature(
     model: nn.Module, calibration: Calibration, sites: Iterable[Site], tables: Iterable[str] = (), *, seed: int = 0
 ) -> dict[Key, Tensor]:
     """By site the matrix M (g, O, O): errors e of its outputs make the outputs' squared error grow by the mean of
-    e^T M e. Where that is large, its diagonal (g, O).
+    e^T M e. Where that is large, its diagonal (g, O). Those of tables are at their name and ``LOOKUP``.
 
     The model's outputs count alike, each as a part of its variance over the samples of a batch (of its mean square, for
     a batch of one). Sites that the outputs do not depend on by autograd are missing.
@@ -61,7 +62,7 @@ def output_curvature(
     Args:
         tables: names of embeddings' weights, which are asked for too.
     """
-    wanted: dict[Key, Site | None] = {(name, 0): None for name in tables} | {site.key: site for site in sites}
+    wanted: dict[Key, Site | None] = {(name, LOOKUP): None for name in tables} | {site.key: site for site in sites}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = {id(parameters[name]): name for name, _ in wanted if name in parameters}
     weights = [parameters[name] for name in names.values()]
@@ -114,19 +115,27 @@ def _random_sum(output: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _nodes(value: Tensor, names: Mapping[int, str]) -> Iterator[tuple[Key, Node]]:
-    """The operators of the graph that a weight of ``names`` goes into as it is, in the order in which they ran."""
+    """The operators of the graph that a weight of ``names`` goes into as it is, in the order in which they ran.
+
+    Uses of a weight are counted as sites are, those as an embedding apart: from ``LOOKUP`` down.
+    """
     seen, waiting = set[Node](), [value.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
-    uses: Counter[str] = Counter()
+    uses, lookups = Counter[str](), Counter[str]()
     for node in sorted(seen, key=lambda node: node._sequence_nr()):
-        edge = WEIGHT.get(node.name().partition("Backward")[0])
-        weight = None if edge is None else _weight(node.next_functions[edge][0])
-        if weight is not None and id(weight) in names:
-            name = names[id(weight)]
+        kind = node.name().partition("Backward")[0]
+        weight = _weight(node.next_functions[WEIGHT[kind]][0]) if kind in WEIGHT else None
+        if weight is None or id(weight) not in names:
+            continue
+        name = names[id(weight)]
+        if kind == "Embedding":
+            yield (name, LOOKUP - lookups[name]), node
+            lookups[name] += 1
+        else:
             yield (name, uses[name]), node
             uses[name] += 1
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from compress.curvature import LOOKUP
 from compress.errors import PruneError
 from compress.factorize.attention import Attention
 from compress.factorize.decompositions import Grouped, Problem, Split
@@ -121,7 +122,7 @@ def table_layers(
     layers, reasons = [], {}
     for name, op in tables.items():
         try:
-            table = Table.of(model.get_parameter(name), counts.get(name), curvature.get((name, 0)))
+            table = Table.of(model.get_parameter(name), counts.get(name), curvature.get((name, LOOKUP)))
         except PruneError as error:
             reasons[name] = str(error)
             continue

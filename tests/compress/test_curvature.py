@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import compress
-from compress.curvature import output_curvature, weighed
+from compress.curvature import LOOKUP, output_curvature, weighed
 from compress.gram import GramCollector
 from compress.sites import Key, Site, find_sites
 from compress.trace import record
@@ -136,8 +136,56 @@ def test_tables_are_weighed_by_what_follows() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, 6), nn.Flatten(), nn.Linear(30, 1, bias=False)).double()
     tokens = torch.randint(0, 11, (40, 5))
-    found = output_curvature(model, [tokens], [], ["0.weight"])["0.weight", 0]
+    found = output_curvature(model, [tokens], [], ["0.weight"])["0.weight", LOOKUP]
     outputs = model(tokens).detach()
     rows = model[2].weight.detach().reshape(5, 6)
     expected = 40 * rows.T @ rows / (outputs - outputs.mean(0)).square().sum()
     torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=0)
+
+
+def test_a_weight_that_is_a_table_and_a_layer_has_both() -> None:
+    """Tied weights: the layer's outputs are the model's, the table's errors pass it."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            self.layer.weight = self.table.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.layer(self.table(tokens))
+
+    torch.manual_seed(0)
+    model, tokens = Tied().double().eval(), torch.randint(0, 11, (200, 1))
+    sites = sites_of(model, tokens)
+    found = output_curvature(model, [tokens], sites, ["table.weight"])
+    outputs = model(tokens).detach()
+    scale = 200 / (outputs - outputs.mean(0)).square().sum()
+    weight = model.table.weight.detach()
+    torch.testing.assert_close(found[sites[0].key][0].diagonal(), scale.expand(11), rtol=1e-6, atol=0)
+    assert found["table.weight", LOOKUP].shape == (1, 6, 6)
+    whole = scale * weight.T @ weight
+    assert (found["table.weight", LOOKUP][0] - whole).norm() < 0.3 * whole.norm()
+
+
+def test_models_with_tied_weights_shrink() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.hidden = (
+                nn.Embedding(40, 16),
+                nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 16)),
+            )
+            self.layer = nn.Linear(16, 40, bias=False)
+            self.layer.weight = self.table.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.layer(self.hidden(self.table(tokens)))
+
+    torch.manual_seed(0)
+    model = Tagger().eval()
+    tokens = [torch.randint(0, 40, (32, 8)) for _ in range(4)]
+    result = compress.shrink(model, tokens[0], budget=compress.Budget(macs=0.6), calibration=tokens)
+    assert result.after.macs <= 0.6 * result.before.macs
+    small = result.model
+    assert small.layer.weight is small.table.weight
