@@ -82,3 +82,5 @@ STAND_INS: tuple[Callable[[], StandIns], ...] = (
     FakeTensors,
     RealTensors,
 )
+ON_DEVICE = STAND_INS[1:]  # the operators that the tensors' own device would run: they differ for recurrent layers
+REAL = STAND_INS[2:]  # those that these very values lead to

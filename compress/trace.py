@@ -5,7 +5,7 @@ statistics exist in training only. Models whose control flow depends on data are
 Nothing of the model changes: mode, buffers, attributes, caches and random states are as before.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,10 +25,16 @@ ExampleInputs = Tensor | tuple[Any, ...] | dict[str, Any]
 IN_MODULE = "in module "  # begins the note that says where a run failed
 
 
-def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = True, on_device: bool = False) -> Trace:
+def record(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    training: bool = True,
+    stand_ins: Sequence[Callable[[], StandIns]] = STAND_INS,
+) -> Trace:
     """Trace ``model`` on ``example_inputs`` in evaluation mode, and in training mode unless ``training`` is False.
 
-    ``on_device``: take the operators that the model's own device would run; they differ for recurrent layers.
+    ``stand_ins`` are what it runs on, the first kind with which it does.
 
     Raises:
         TraceError: the model does not run on its example inputs, was scripted, or has no parameters.
@@ -36,13 +42,13 @@ def record(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = 
     args, kwargs = as_arguments(example_inputs)
     _check_model(model)
     failures: list[Exception] = []
-    for make in STAND_INS[1:] if on_device else STAND_INS:
+    for make in stand_ins:
         try:
             trace = _record(model, args, kwargs, training=training, stand_ins=make())
         except Exception as problem:  # noqa: BLE001  see the list of stand-ins; the last error is the user's
             failures.append(problem)
             continue
-        if trace.real:
+        if trace.real and failures:
             trace.notes.append(f"traced with a real forward pass: {type(failures[-1]).__name__}")
         return trace
     error = failures[-1]

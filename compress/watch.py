@@ -15,6 +15,7 @@ from compress.calibration import Calibration, batches
 from compress.errors import CalibrationError, PruneError, first_line
 from compress.recorder import Trace
 from compress.sandbox import backends_outside, untouched, use_backends, visible_operators
+from compress.stand_ins import ON_DEVICE, REAL
 from compress.trace import ExampleInputs, as_arguments, describe, record
 
 Look = Callable[[tuple[Any, ...], Mapping[str, Any], Any], None]
@@ -181,7 +182,21 @@ def _shapes(inputs: ExampleInputs) -> Shapes:
 
 
 def _trace_of(model: nn.Module, inputs: ExampleInputs, batch: int) -> Trace:
+    """With the operators that a run on these inputs calls."""
     try:
-        return record(model, inputs, training=False, on_device=True)
+        trace = record(model, inputs, training=False, stand_ins=ON_DEVICE)
+        return trace if _is_path(trace, model, inputs, batch) else record(model, inputs, training=False, stand_ins=REAL)
+    except CalibrationError:
+        raise
     except PruneError as error:
         raise CalibrationError(f"calibration data (batch {batch}) do not fit the model: {error}") from error
+
+
+def _is_path(trace: Trace, model: nn.Module, inputs: ExampleInputs, batch: int) -> bool:
+    """Whether the model calls these operators: some models look at data, or ask whether they are being traced."""
+    try:
+        with untouched(model):
+            _run(model.eval(), inputs, trace, Looks(), batch)
+    except OtherPathError:
+        return False
+    return True

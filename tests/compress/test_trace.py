@@ -8,7 +8,7 @@ from torch import nn
 
 import compress
 from compress.recorder import Trace
-from compress.stand_ins import RealTensors
+from compress.stand_ins import ON_DEVICE, REAL, STAND_INS, RealTensors
 from compress.trace import _record, as_arguments, describe, record
 from tests.compress.helpers import Apply, image, tokens
 
@@ -274,9 +274,13 @@ def _operators(trace: Trace) -> list[tuple]:
     return [(str(op), [t.shape for t in op.tensors]) for op in trace.ops]
 
 
-@pytest.mark.parametrize(("on_device", "recurrent"), [(False, False), (True, False), (True, True)])
-def test_operators_are_the_same_with_data_and_without(on_device: bool, recurrent: bool) -> None:
+@pytest.mark.parametrize(
+    ("stand_ins", "recurrent"),
+    [(STAND_INS, False), (ON_DEVICE, False), (ON_DEVICE, True), (REAL, True)],
+    ids=["any", "on device", "recurrent", "real"],
+)
+def test_operators_are_the_same_with_data_and_without(stand_ins, recurrent: bool) -> None:
     """What is found on shapes is looked for on data: the n-th operator of one run is the n-th of the other."""
     model, x = Fused(recurrent=recurrent).eval(), torch.rand(2, 3, 9, 7)
     real = _record(model, (x,), {}, training=False, stand_ins=RealTensors())
-    assert _operators(record(model, x, training=False, on_device=on_device)) == _operators(real)
+    assert _operators(record(model, x, training=False, stand_ins=stand_ins)) == _operators(real)

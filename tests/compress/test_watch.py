@@ -12,6 +12,7 @@ from compress.activations import ActivationCollector, collect_activations
 from compress.gram import GramCollector, collect_grams, removable_sites
 from compress.sandbox import backends_outside, visible_operators
 from compress.score import check_needs
+from compress.stand_ins import ON_DEVICE
 from compress.trace import record
 from compress.watch import RESTRIDE, Watch, gather
 from tests.compress.helpers import image
@@ -116,7 +117,7 @@ def test_a_change_of_memory_format_alone_is_no_other_path() -> None:
     pool = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *pool, nn.Linear(8, 5))
     first, last = image(4, 3, 6, 6), image(4, 3, 6, 6).contiguous(memory_format=torch.channels_last)
-    traces = [record(model, x, training=False, on_device=True) for x in (first, last)]
+    traces = [record(model, x, training=False, stand_ins=ON_DEVICE) for x in (first, last)]
     assert [RESTRIDE in {op.func for op in trace.evaluation} for trace in traces] == [False, True]
     seen: list[torch.Tensor] = []
     for trace in traces:
@@ -126,3 +127,44 @@ def test_a_change_of_memory_format_alone_is_no_other_path() -> None:
             with torch.no_grad(), visible_operators(), watch:
                 outputs = model(x)
             assert torch.equal(seen[-1], outputs)
+
+
+class Asking(nn.Module):
+    """As the masks of transformers do: looks at values where there are some, and does without them in a trace."""
+
+    def __init__(self, asks: bool = True) -> None:
+        super().__init__()
+        self.asks = asks
+        self.stem, self.body, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        if self.asks and x.device.type != "meta" and type(x) is torch.Tensor and not (x > 9).all():
+            x = x + 0  # another operator, the same values
+        return self.head(self.body(self.stem(x).relu()).relu())
+
+
+@pytest.mark.parametrize("criterion", ["mean_activation", "nonzero", "reconstruction"])
+def test_models_that_ask_whether_they_are_traced_are_judged_by_data(criterion: str) -> None:
+    data = [torch.randn(32, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    found = []
+    for asks in (True, False):
+        torch.manual_seed(0)
+        model = Asking(asks).eval()
+        options = {"budget": compress.Budget(macs=0.6), "criterion": criterion, "calibration": data, "recover": True}
+        result = compress.prune(model, data[0], **options)
+        shrunk = compress.shrink(model, data[0], budget=compress.Budget(macs=0.6), calibration=data)
+        found.append((result.plan.to_json(), result.model(data[0]), shrunk.model(data[0])))
+    (plan, pruned, shrunk), (same_plan, same_pruned, same_shrunk) = found
+    assert plan == same_plan
+    torch.testing.assert_close(pruned, same_pruned)
+    torch.testing.assert_close(shrunk, same_shrunk)
+
+
+def test_a_path_that_batches_of_one_shape_do_not_share_is_said() -> None:
+    class Fickle(Asking):
+        def forward(self, x):
+            return super().forward(-x if float(x.sum()) > 0 else x)
+
+    data = [torch.ones(8, 6), -torch.ones(8, 6)]
+    with pytest.raises(compress.CalibrationError, match="batch 1 takes another path"):
+        compress.prune(Fickle(), data[0], budget=compress.Budget(channels=0.6), criterion="nonzero", calibration=data)
