@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from compress.channels import ChannelGraph
 from compress.labels import FIXED, Array
@@ -55,13 +54,12 @@ def cost_of(model: nn.Module, trace: Trace) -> Cost:
 
 def macs_of(op: Op) -> int:
     """Multiply-accumulates of one operator by PyTorch's own formulas; 0 for operators that have none."""
-    formula = flop_registry.get(op.func._overloadpacket)
-    if formula is None:
+    if op.formula is None:
         return 0
     arguments = tree_map_only(TensorRef, lambda ref: torch.Size(ref.shape), dict(op.arguments))
     shapes = [torch.Size(ref.shape) for ref in op.outputs]
     positional, named = op.as_called(arguments)
-    return int(formula(*positional, **named, out_val=shapes[0] if len(shapes) == 1 else tuple(shapes))) // 2
+    return int(op.formula(*positional, **named, out_val=shapes[0] if len(shapes) == 1 else tuple(shapes))) // 2
 
 
 def latency(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 15) -> float:

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compress.provenance import (
@@ -74,6 +75,12 @@ class Op:
         return [arguments[a.name] for a in schema if not a.kwarg_only], {
             a.name: arguments[a.name] for a in schema if a.kwarg_only
         }
+
+    @property
+    def formula(self) -> Callable[..., Any] | None:
+        """PyTorch's count of the floating-point operations, for operators that have one."""
+        found: Callable[..., Any] | None = flop_registry.get(self.func._overloadpacket)
+        return found
 
     @cached_property
     def tensors(self) -> tuple[TensorRef, ...]:

@@ -74,11 +74,14 @@ def _apply(labels: Labels, op: Op) -> None:
     if function is None:
         _freeze_operator(labels, op, "has no rule")
         return
+    counted = len(labels.products)
     try:
         function(labels, op)
     except (NoRule, ValueError, IndexError, KeyError) as gap:  # a use that the rule does not cover
         _freeze_operator(labels, op, f"has no rule for {gap}")
         return
+    if op.formula is None:  # what is not measured must not be foretold
+        del labels.products[counted:]
     _freeze_scalars(labels, op)
 
 

@@ -1,5 +1,6 @@
 """Matrix products: the contracted axes meet, the result carries the outer axes."""
 
+import math
 from collections.abc import Sequence
 
 from compress.labels import Array, Labels
@@ -25,6 +26,31 @@ def product_plus(labels: Labels, op: Op) -> None:
     for axis, bias_labels in zip(result[::-1], labels[bias][::-1], strict=False):
         if len(axis) == len(bias_labels):
             labels.follow(bias_labels, axis, str(op))
+
+
+@rule("_trilinear")
+def trilinear(labels: Labels, op: Op) -> None:
+    """Three tensors, each with axes of length 1 inserted, multiplied and summed over some axes: nn.Bilinear."""
+    summed, weights = op.arguments["sumdim"], [labels.is_weight(ref) for ref in op.tensors]
+    if not any(weights):
+        raise NoRule("a product of three activations")
+    aligned: dict[int, Array] = {}
+    for name, ref, is_weight in zip(("i1", "i2", "i3"), op.tensors, weights, strict=True):
+        inserted = op.arguments[f"expand{name[1]}"]
+        places = [place for place in range(len(ref.shape) + len(inserted)) if place not in inserted]
+        for axis, (place, own) in enumerate(zip(places, labels[ref], strict=True)):
+            if place in aligned and len(own) != len(aligned[place]):
+                raise NoRule("an axis that is broadcast")
+            labels.link(own, aligned.setdefault(place, own), str(op))
+            if not is_weight:
+                labels.read(op, name, axis, own)
+            elif place in summed:
+                labels.consume(own)
+            else:
+                labels.produce(own)
+    labels.set(op.outputs[0], [aligned[place] for place in sorted(aligned) if place not in summed])
+    axes = list(aligned.values())
+    labels.cost(math.prod(map(len, axes)), axes)
 
 
 def _contract(labels: Labels, op: Op, left: TensorRef, right: TensorRef) -> None:

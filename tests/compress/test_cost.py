@@ -48,6 +48,27 @@ def test_params_and_bytes_count_every_tensor_once() -> None:
     assert compress.measure(model.double(), image(7, 3).double()).bytes == 8 * (cost.params + 10 + 1)
 
 
+class Uncounted(nn.Module):
+    """Products that PyTorch's counter has no formula for: with a vector, and of three tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.vector = nn.Linear(3, 40), nn.Parameter(torch.randn(40))
+        self.form, self.last = nn.Bilinear(40, 40, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return x.mv(self.vector), self.last(self.form(x, x))
+
+
+def test_products_that_are_not_counted_are_not_foretold_either() -> None:
+    model, inputs = Uncounted(), image(7, 3)
+    assert compress.measure(model, inputs).macs == macs_by_flop_counter(model, inputs) == 7 * (3 * 40 + 6 * 4)
+    result = compress.prune(model, inputs, budget=compress.Budget(macs=0.5))
+    assert result.after.macs == macs_by_flop_counter(result.model, inputs) <= 0.5 * result.before.macs
+    assert result.after.params < 0.5 * result.before.params
+
+
 @pytest.mark.parametrize("metric", ["macs", "params"])
 @pytest.mark.parametrize("seed", range(12))
 def test_the_cost_model_is_exact(seed: int, metric: str) -> None:

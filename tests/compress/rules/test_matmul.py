@@ -48,6 +48,20 @@ class TiedHead(nn.Module):
         return self.head(x + self.back(self.body(x).relu()))
 
 
+class Pairs(nn.Module):
+    """A form of two branches, or of one with itself."""
+
+    def __init__(self, same: bool = False) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 11), nn.Linear(3, 11 if same else 7)
+        self.form, self.head = nn.Bilinear(11, 11 if same else 7, 6), nn.Linear(6, 5)
+        self.same = same
+
+    def forward(self, x):
+        left = self.left(x).relu()
+        return self.head(self.form(left, left if self.same else self.right(x).tanh()).relu())
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 11), nn.ReLU(), nn.Linear(11, 7, bias=False), nn.ReLU(), nn.Linear(7, 5))
 
@@ -55,6 +69,9 @@ def _mlp() -> nn.Module:
 CASES = {
     "mlp": lambda: (_mlp(), image(3, 3)),
     "mlp on sequences": lambda: (_mlp(), image(2, 7, 3)),
+    "bilinear": lambda: (Pairs(), image(7, 3)),
+    "bilinear of sequences": lambda: (Pairs(), image(2, 7, 3)),
+    "bilinear with itself": lambda: (Pairs(same=True), image(7, 3)),
     "mlp on one vector": lambda: (_mlp(), image(3)),
     "mm": lambda: (Bare(lambda m, x: (x @ m.first).relu() @ m.second), image(7, 3)),
     "addmm": lambda: (Bare(lambda m, x: torch.addmm(m.bias, x, m.first, beta=0.5) @ m.second), image(7, 3)),
