@@ -191,8 +191,13 @@ class ChannelGraph:
             roles[made] = 1
         for used in self.labels.consumers:
             roles[used] = 2
-        for bias, made in self.labels.followers:
-            roles[bias] = np.where(roles[made] == 2, 2, roles[bias])
+        contracted = np.zeros(self.labels.num_labels, dtype=bool)
+        for ended in self.labels.contracted:
+            contracted[ended] = True
+        contracted[FIXED] = False
+        for term, made in reversed(self.labels.followers):
+            roles[term] = np.where(contracted[made], 2, roles[term])
+            contracted[term] |= contracted[made]
         return roles
 
     def _members_on(self, axis: ParameterAxis) -> Iterator[tuple[int, Member]]:

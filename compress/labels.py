@@ -265,10 +265,12 @@ class Labels:
         self.contracted.append(labels)
         self.consume(labels)
 
-    def follow(self, bias: Array, made: Array, why: str) -> None:
-        """A bias joins the rows that it is added to: it has the role that they have."""
-        self.link(bias, made, why)
-        self.followers.append((bias, made))
+    def follow(self, part: Array, made: Array, why: str) -> None:
+        """A part joins what is made of several (a bias, a term, something stacked): they are removed together, and
+        where that ends in a product of activations, the part does."""
+        self.link(part, made, why)
+        if part is not made and part.any():  # (fixed elements have no role)
+            self.followers.append((part, made))
 
     def read(self, op: Op, argument: str, axis: int, labels: Array) -> None:
         """Note where channels are used, for criteria that look at activations."""

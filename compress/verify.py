@@ -1,6 +1,5 @@
 """Check a plan by running it: the pruned model must compute what its masked twin computes."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from compress.plan import PrunePlan
 from compress.precision import in_double, widened
 from compress.recorder import Trace
 from compress.sandbox import untouched
-from compress.surgery import mask, masked
+from compress.surgery import copied, mask, masked
 from compress.trace import ExampleInputs, as_arguments, output_tensors
 
 SINGLE_TOLERANCE = 1e-5  # of the output's scale: what differs by more is computed again in float64
@@ -55,7 +54,7 @@ def _agrees_in_double(model: nn.Module, plan: PrunePlan, pruned: nn.Module, inpu
             with masked(model, plan):
                 expected = _outputs(model, double)
     except Exception:  # noqa: BLE001  some functions (LSTM) compare types before operators are called: then on copies
-        found = _outputs(copy.deepcopy(pruned).double(), double)
+        found = _outputs(copied(pruned).double(), double)
         expected = _outputs(mask(model, plan).double(), double)
     return [t.shape for t in found] == [t.shape for t in expected] and _close(found, expected, DOUBLE_TOLERANCE)
 
@@ -71,7 +70,7 @@ def same_outputs(model: nn.Module, other: nn.Module, example_inputs: ExampleInpu
         with in_double():
             found, expected = _outputs(other, inputs), _outputs(model, inputs)
     except Exception:  # noqa: BLE001  as above: on copies
-        found, expected = (_outputs(copy.deepcopy(each).double(), inputs) for each in (other, model))
+        found, expected = (_outputs(copied(each).double(), inputs) for each in (other, model))
     return [t.shape for t in found] == [t.shape for t in expected] and _close(found, expected, DOUBLE_TOLERANCE)
 
 

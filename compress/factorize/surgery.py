@@ -1,6 +1,5 @@
 """Put thin layers in the place of wide ones, and multiply them back."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from compress.factorize.heads import Heads, made_of
 from compress.factorize.plan import Factor, FactorPlan
 from compress.factorize.tables import Table
 from compress.sandbox import unwrapped
+from compress.surgery import copied
 from layers.attention import LowRankAttention
 from layers.balancing import balance
 from layers.low_rank import LowRankEmbedding, LowRankLinear
@@ -122,7 +122,7 @@ def unfactorize(model: nn.Module) -> nn.Module:
     >>> unfactorize(model)[0]
     Linear(in_features=6, out_features=4, bias=True)
     """
-    model = copy.deepcopy(unwrapped(model))
+    model = copied(unwrapped(model))
     made: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, LowRank):

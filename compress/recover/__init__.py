@@ -106,7 +106,7 @@ def recover(
     if "batch_norm" in methods:
         error = trial.error(model)
         with statistics(model) as restore:
-            reestimate_batch_norm(model, fitted)
+            reestimate_batch_norm(model, [(each, None) for each in fitted])  # (a tuple of inputs is no pair)
             if trial.error(model) >= error:
                 restore()
     return Recovery(tuple(layers), before, trial.error(model), tuple(notes))

@@ -105,9 +105,15 @@ def refit(
 
 
 def _suitable(pairs: Sequence[Pair], key: Key, weight: Tensor) -> bool:
-    sides = [side for pair in pairs for side in pair.sides_at(key)]
-    small = pairs[0].small.sites[key].num_inputs <= MAX_INPUTS
-    return small and weight.is_floating_point() and all(side.unchanged(key) for side in sides)
+    if pairs[0].small.sites[key].num_inputs > MAX_INPUTS or not weight.is_floating_point():
+        return False
+    return all(_comparable(pair, key) for pair in pairs)
+
+
+def _comparable(pair: Pair, key: Key) -> bool:
+    """Whether inputs are as they were, and rows are alike: what is mixed over positions has a row for each channel."""
+    rows = {side.sites[key].num_rows(side.source(key)) for side in pair.sides_at(key)}
+    return len(rows) == 1 and all(side.unchanged(key) for side in pair.sides_at(key))
 
 
 def _chains(pairs: Sequence[Pair], order: Sequence[Key]) -> dict[Key, Key]:

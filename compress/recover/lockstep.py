@@ -5,7 +5,6 @@ resumed. So a layer's weights can be solved for from all batches and replaced in
 whole model is worked through in one pass over the data.
 """
 
-import copy
 import threading
 from collections.abc import Callable
 
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.sandbox import unwrapped
+from compress.surgery import copied
 from compress.trace import ExampleInputs, as_arguments
 
 
@@ -26,9 +26,7 @@ class Run:
 
     def __init__(self, model: nn.Module, inputs: ExampleInputs, mode: Callable[[], TorchDispatchMode]) -> None:
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self._model = copy.deepcopy(
-            unwrapped(model), shared
-        ).eval()  # modules may keep something of a run: each has its own
+        self._model = copied(unwrapped(model), shared).eval()  # modules may keep something of a run: each has its own
         self._inputs, self._mode = inputs, mode()
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None

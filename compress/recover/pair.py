@@ -59,6 +59,7 @@ class Side:
         self._scales: dict[Key, Tensor] = {}  # (no refit of a layer changes what multiplies its outputs)
         self._end: tuple[Any, ...] = ()
         self._at: Key | None = None
+        self._run: Run | None = None
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Know sites by the other model's names of their weights; what they compute is the same."""
@@ -86,12 +87,14 @@ class Side:
 
     def advance(self, key: Key | None) -> None:
         """Run until it stops at ``key``; to the end for None."""
+        assert self._run is not None
         while not self._run.finished and (key is None or self._at != key):
             self._run.resume()
 
     def abandon(self) -> None:
         """End the run."""
-        self._run.abandon()
+        if self._run is not None:
+            self._run.abandon()
 
     def source(self, key: Key) -> Tensor:
         """What enters the site."""
@@ -186,6 +189,7 @@ class Side:
 
     def _pause(self, key: Key) -> None:
         self._at = key
+        assert self._run is not None
         self._run.pause()
 
 

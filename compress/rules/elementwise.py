@@ -21,6 +21,17 @@ def pointwise(labels: Labels, op: Op) -> None:
         labels.set(output, broadcast(labels, op.tensors, output.shape, str(op)))
 
 
+@rule("add", "sub")
+def plus(labels: Labels, op: Op) -> None:
+    """Where the sum ends in a product of activations, so does each of its terms."""
+    pointwise(labels, op)
+    result = labels[op.outputs[0]]
+    for ref in op.tensors:
+        for term, axis in zip(labels[ref][::-1], result[::-1], strict=False):
+            if len(term) == len(axis) > 1:
+                labels.follow(term, axis, str(op))
+
+
 def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int], why: str) -> list[Array]:
     """Labels of the result of broadcasting ``tensors`` to ``shape``; axes of full length are linked.
 

@@ -18,6 +18,18 @@ def embedding(labels: Labels, op: Op) -> None:
     labels.set(op.outputs[0], [*labels[indices], width])
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(labels: Labels, op: Op) -> None:
+    """weight (V, D): sums, means or maxima of rows, (bags, D); what else is given only the backward pass reads."""
+    vocabulary, width = labels[op.arguments["weight"]]
+    labels.freeze(vocabulary, f"operator {op} looks up rows")
+    labels.produce(width)
+    result, *others = op.outputs
+    labels.set(result, [labels.fixed(result.shape[0]), width])
+    for other in others:
+        labels.set(other, [labels.fixed(n) for n in other.shape])
+
+
 @rule("index_select")
 def index_select(labels: Labels, op: Op) -> None:
     """Picks along one axis by positions that are data."""

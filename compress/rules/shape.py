@@ -49,7 +49,7 @@ def cat(labels: Labels, op: Op) -> None:
     for part in parts[1:]:
         for axis, axis_labels in enumerate(part):
             if axis != dim:
-                labels.link(result[axis], axis_labels, str(op))
+                labels.follow(axis_labels, result[axis], str(op))
     result[dim] = np.concatenate([part[dim] for part in parts])
     labels.set(output, result)
 
@@ -61,7 +61,7 @@ def stack(labels: Labels, op: Op) -> None:
     result = list(labels[op.tensors[0]])
     for ref in op.tensors[1:]:
         for known, axis_labels in zip(result, labels[ref], strict=True):
-            labels.link(known, axis_labels, str(op))
+            labels.follow(axis_labels, known, str(op))
     dim = op.arguments.get("dim", 0) % len(output.shape)
     result.insert(dim, labels.fixed(len(op.tensors)))
     labels.set(output, result)

@@ -52,11 +52,20 @@ class Positions(nn.Module):
         return self.head(self.token(x) + self.position(torch.arange(x.shape[1])))
 
 
+def _bag(frozen: bool = False, **options) -> nn.Module:
+    model = nn.Sequential(nn.EmbeddingBag(13, 11, **options), nn.Linear(11, 7), nn.ReLU(), nn.Linear(7, 5))
+    model[0].requires_grad_(not frozen)
+    return model
+
+
 CASES = {name: (lambda f=f: (between(f), image())) for name, f in FUNCTIONS.items()}
 CASES |= {
     "embedding": lambda: (_embedding(), tokens()),
     "embedding with padding": lambda: (_embedding(padding_idx=0), tokens()),
     "positions": lambda: (Positions(), tokens()),
+    "bags": lambda: (_bag(), tokens()),
+    "maxima of bags, frozen": lambda: (_bag(frozen=True, mode="max"), tokens()),
+    "sums of bags with padding": lambda: (_bag(mode="sum", padding_idx=0), tokens()),
 }
 
 

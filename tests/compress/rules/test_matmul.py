@@ -33,6 +33,36 @@ class Attention(nn.Module):
         return self.out(weights @ self.v(x))
 
 
+class Interactions(nn.Module):
+    """Products of all features with each other; each feature is made by a layer or a table of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other, self.table = nn.Linear(3, 11), nn.Linear(3, 11, bias=False), nn.Embedding(13, 11)
+        self.shift, self.head = nn.Parameter(torch.randn(11)), nn.Linear(11 + 9, 5)
+
+    def forward(self, x):
+        places = (x[:, 0] * 3).long().clamp(0, 12)
+        sums = (self.layer(x) + self.other(x)) + (self.shift + self.layer(-x))
+        features = torch.stack([sums, self.table(places), self.other(x) - self.shift], 1)
+        return self.head(torch.cat([features[:, 0], (features @ features.transpose(1, 2)).flatten(1)], 1))
+
+
+class Decoder(nn.Module):
+    """A bias that is added to what is no matrix any more: attention of one recurrent layer's outputs to another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = (nn.GRU(3, 11, batch_first=True) for _ in range(2))
+        self.query, self.head = nn.Linear(11, 11), nn.Linear(22, 5)
+
+    def forward(self, x):
+        read, last = self.encoder(x)
+        said, _ = self.decoder(x.flip(1), last)
+        weights = torch.softmax(self.query(said) @ read.transpose(1, 2), -1)
+        return self.head(torch.cat([said, weights @ read], -1))
+
+
 class TiedHead(nn.Module):
     """The output projection is the embedding's weight."""
 
@@ -69,6 +99,8 @@ def _mlp() -> nn.Module:
 CASES = {
     "mlp": lambda: (_mlp(), image(3, 3)),
     "mlp on sequences": lambda: (_mlp(), image(2, 7, 3)),
+    "products of sums, stacked": lambda: (Interactions(), image(7, 3)),
+    "attention between recurrent layers": lambda: (Decoder(), image(2, 7, 3)),
     "bilinear": lambda: (Pairs(), image(7, 3)),
     "bilinear of sequences": lambda: (Pairs(), image(2, 7, 3)),
     "bilinear with itself": lambda: (Pairs(same=True), image(7, 3)),
