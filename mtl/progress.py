@@ -37,13 +37,15 @@ class Report:
         self._task = self._bar.add_task("training", total=total_steps, completed=done_steps)
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self.live:  # (a bar that is disabled ends with an empty line all the same, before rich 14.3)
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self.live:
+            self._bar.stop()
 
     def steps(self, num_steps: int, text: str) -> None:
         """So many more steps are done."""

@@ -12,6 +12,7 @@ from compress.rules.registry import NoRule, rule
 @rule(
     "where", "copy", "addcmul", "addcdiv", "masked_fill", "lerp", "threshold_backward", "_prelu_kernel",
     "hardswish", "floor_divide",
+    "leaky_relu", "elu", "celu", "selu", "hardtanh", "hardsigmoid",  # (some have no tag in PyTorch 2.11)
 )  # fmt: skip
 def pointwise(labels: Labels, op: Op) -> None:
     """Also every operator that PyTorch tags as pointwise: the result at a position depends on that position alone."""

@@ -34,6 +34,7 @@ def test_weights_without_values_cannot_be_ranked() -> None:
         compress.prune(empty, torch.randn(2, 3, 9, 8), budget=BUDGET)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # (PyTorch 2.11's own)
 def test_the_wrapper_of_torch_compile_is_taken_off() -> None:
     model = _net().eval()
     result = compress.prune(torch.compile(model), torch.randn(2, 3, 9, 8), budget=BUDGET)

@@ -37,6 +37,12 @@ FUNCTIONS = {
     "in place": lambda x: x.clone().sin_().mul_(2.0).add_(x).sub_(1),
     "integers as numbers": lambda x: (x * 3 + 2).div(4).clamp(-1, 1),
     "activations without a tag": lambda x: F.hardswish(x) + F.logsigmoid(x) + torch.floor_divide(x.detach(), 0.25),
+    "activations without one in some releases": lambda x: (
+        F.leaky_relu(x) + F.elu(x) + F.celu(x) + F.selu(x) + F.hardtanh(x) + F.hardsigmoid(x)
+    ),
+    "such activations in place": lambda x: F.hardsigmoid(
+        F.hardtanh(F.selu(F.celu(F.elu(F.leaky_relu(x + 0, inplace=True), inplace=True), inplace=True), inplace=True),
+                   inplace=True), inplace=True),
     "bool": lambda x: x * (x > 0.2).logical_not() * ((x < 1) & (x > -1)),
     "maximum": lambda x: torch.maximum(x, -x) + torch.fmin(x, x * 2) + torch.atan2(x, x + 9),
 }  # fmt: skip
