@@ -40,9 +40,9 @@ FUNCTIONS = {
     "activations without one in some releases": lambda x: (
         F.leaky_relu(x) + F.elu(x) + F.celu(x) + F.selu(x) + F.hardtanh(x) + F.hardsigmoid(x)
     ),
-    "such activations in place": lambda x: F.hardsigmoid(
-        F.hardtanh(F.selu(F.celu(F.elu(F.leaky_relu(x + 0, inplace=True), inplace=True), inplace=True), inplace=True),
-                   inplace=True), inplace=True),
+    "such activations in place": lambda x: sum(
+        f(x + 0, inplace=True) for f in (F.leaky_relu, F.elu, F.celu, F.selu, F.hardtanh, F.hardsigmoid)
+    ),
     "bool": lambda x: x * (x > 0.2).logical_not() * ((x < 1) & (x > -1)),
     "maximum": lambda x: torch.maximum(x, -x) + torch.fmin(x, x * 2) + torch.atan2(x, x + 9),
 }  # fmt: skip
