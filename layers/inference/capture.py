@@ -6,8 +6,9 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -192,10 +193,10 @@ def value_of(root: fx.GraphModule, node: Any) -> Tensor | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch reports at length what it fails to trace; what it raises is enough."""
+    """PyTorch reports at length what it fails to trace, and prints how far it got; what it raises is enough."""
     logger = logging.getLogger("torch")
     level = logger.level
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
         try:
