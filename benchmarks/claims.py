@@ -266,15 +266,12 @@ def whitening(found: Results) -> list[Row]:
 
 def criteria(found: Results) -> list[Row]:
     """A row for each model and budget: all ways, the best first."""
+    done = [row for row in found["rows"] if "budget" in row and "accuracy" in row]
+    done.sort(key=lambda row: -row["accuracy"])
     rows = []
-    for model, budget in dict.fromkeys(
-        (row["model"], row["budget"]) for row in found["rows"] if "accuracy" in row and "budget" in row
-    ):
-        own = [
-            row for row in found["rows"] if (row["model"], row.get("budget")) == (model, budget) and "accuracy" in row
-        ]
-        best_first = sorted(own, key=lambda row: -row["accuracy"])
-        figure = "; ".join(f"{row['method']} {row['accuracy']:.1%}" for row in best_first)
+    for model, budget in dict.fromkeys((row["model"], row["budget"]) for row in done):
+        own = [row for row in done if (row["model"], row["budget"]) == (model, budget)]
+        figure = "; ".join(f"{row['method']} {row['accuracy']:.1%}" for row in own)
         rows.append((f"{_name(model)} to {budget:.1%} of the MACs without training, by criterion", figure))
     return rows
 

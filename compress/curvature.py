@@ -125,19 +125,16 @@ def _nodes(value: Tensor, names: Mapping[int, str]) -> Iterator[tuple[Key, Node]
         if node is not None and node not in seen:
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
-    uses, lookups = Counter[str](), Counter[str]()
+    uses = Counter[tuple[str, bool]]()
     for node in sorted(seen, key=lambda node: node._sequence_nr()):
         kind = node.name().partition("Backward")[0]
         weight = _weight(node.next_functions[WEIGHT[kind]][0]) if kind in WEIGHT else None
         if weight is None or id(weight) not in names:
             continue
-        name = names[id(weight)]
-        if kind == "Embedding":
-            yield (name, LOOKUP - lookups[name]), node
-            lookups[name] += 1
-        else:
-            yield (name, uses[name]), node
-            uses[name] += 1
+        name, is_lookup = names[id(weight)], kind == "Embedding"
+        use = uses[name, is_lookup]
+        yield (name, LOOKUP - use if is_lookup else use), node
+        uses[name, is_lookup] += 1
 
 
 def _weight(node: Node | None) -> Tensor | None:

@@ -104,7 +104,7 @@ class Look:
         of_attentions = self._of_attentions(model, targets.attentions)
         found = [*layers, *of_tables, *of_attentions]
         if self.recovered:
-            found = left_by_recovery(found, {name: op.index for name, op in targets.operators.items()})
+            found = left_by_recovery(found, targets.places)
         return found, {**targets.left, **without, **more}
 
     def scarce(self, chosen: Collection[str]) -> list[str]:

@@ -42,11 +42,11 @@ class Targets:
         return layers | {name: each.source for name, each in self.attentions.items()}
 
     @property
-    def operators(self) -> dict[str, Op]:
-        """That run each of them first, by module."""
-        layers = {owner_of(site): site.op for site in reversed(self.sites)}
-        tables = {name.removesuffix(".weight"): op for name, op in self.tables.items()}
-        return layers | tables | {name: each.site.op for name, each in self.attentions.items()}
+    def places(self) -> dict[str, int]:
+        """Which operator runs each of them, by module."""
+        layers = {owner_of(site): site.op.index for site in self.sites}
+        tables = {name.removesuffix(".weight"): op.index for name, op in self.tables.items()}
+        return layers | tables | {name: each.site.op.index for name, each in self.attentions.items()}
 
     @staticmethod
     def of(

@@ -1,12 +1,14 @@
 """Operators that work element by element: labels meet position by position, broadcast axes meet nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from compress.labels import FIXED, Array, Labels
 from compress.recorder import Op, TensorRef
 from compress.rules.registry import NoRule, rule
+
+Meet = Callable[[Array, Array, str], None]
 
 
 @rule(
@@ -25,16 +27,14 @@ def pointwise(labels: Labels, op: Op) -> None:
 @rule("add", "sub")
 def plus(labels: Labels, op: Op) -> None:
     """Where the sum ends in a product of activations, so does each of its terms."""
-    pointwise(labels, op)
-    result = labels[op.outputs[0]]
-    for ref in op.tensors:
-        for term, axis in zip(labels[ref][::-1], result[::-1], strict=False):
-            if len(term) == len(axis) > 1:
-                labels.follow(term, axis, str(op))
+    for output in op.outputs:
+        labels.set(output, broadcast(labels, op.tensors, output.shape, str(op), meet=labels.follow))
 
 
-def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int], why: str) -> list[Array]:
-    """Labels of the result of broadcasting ``tensors`` to ``shape``; axes of full length are linked.
+def broadcast(
+    labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int], why: str, *, meet: Meet | None = None
+) -> list[Array]:
+    """Labels of the result of broadcasting ``tensors`` to ``shape``; axes of full length ``meet``: are linked, if None.
 
     What meets a fixed element is fixed at once, so that later operators do not take it for one that could shrink.
     """
@@ -51,7 +51,7 @@ def broadcast(labels: Labels, tensors: Sequence[TensorRef], shape: Sequence[int]
             if known is None:
                 result[offset + axis] = axis_labels
             else:
-                labels.link(known, axis_labels, why)
+                (meet or labels.link)(axis_labels, known, why)
                 result[offset + axis] = np.where(axis_labels == FIXED, FIXED, known)
     return [labels.fixed(n) if found is None else found for found, n in zip(result, shape, strict=True)]
 

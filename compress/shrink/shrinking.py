@@ -115,14 +115,9 @@ def shrink(
     pruner = Pruner(model, example_inputs, criterion, calibration, exact_only=exact_only, protect=protect, seed=seed)
     furthest = pruner.towards(budget) if can_prune else None
     look = Look.at(
-        model,
-        graph.trace,
-        targets,
-        calibration,
-        known=pruner.sums,
-        recovered="least_squares" in recovery_methods,
-        seed=seed,
-    )
+        model, graph.trace, targets, calibration,
+        known=pruner.sums, recovered="least_squares" in recovery_methods, seed=seed,
+    )  # fmt: skip
     trial = Trial(model, first_samples((inputs for inputs, _ in batches(calibration, model)), NUM_TRIED))
     methods = factorisations if targets else ()
     allocation = Allocation(model, example_inputs, look, before, budget, trial, methods=methods, protect=protect)
